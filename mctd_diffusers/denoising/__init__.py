@@ -1,0 +1,1 @@
+"""Latents, schedulers and the network; this room knows no trees."""

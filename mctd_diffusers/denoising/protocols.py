@@ -1,0 +1,74 @@
+"""What denoising needs from the rooms to its right, as protocols: reward, network, decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+@runtime_checkable
+class RewardFn(Protocol):
+    """Scores finished images; higher is better.
+
+    A reward takes a batch and answers a batch, is equivariant to the order of the batch and does not
+    look at the rest of it. One that wants ``PIL.Image`` objects instead of tensors has an attribute
+    ``wants_pil = True``.
+    """
+
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
+    ) -> Sequence[float] | Float[Tensor, " batch"] | npt.NDArray[np.floating[Any]]:
+        """Score ``images`` (RGB in [0, 1]) against ``prompts``; one finite float each."""
+        ...
+
+
+class Outputs(NamedTuple):
+    """The network's answer for a batch of latents, with guidance kept apart.
+
+    Attributes:
+        conditional: ``[batch, channels, height, width]`` output under the prompt.
+        unconditional: the same without the prompt, or ``None`` where no guidance is used.
+    """
+
+    conditional: Float[Tensor, "batch channels height width"]
+    unconditional: Float[Tensor, "batch channels height width"] | None
+
+
+class Network(Protocol):
+    """One call of the pipeline's denoiser, as the family's stock pipeline makes it."""
+
+    rows_per_latent: int
+    """1, or 2 where classifier-free guidance doubles the batch."""
+
+    def __call__(
+        self,
+        latents: Float[Tensor, "batch channels height width"],
+        timesteps: Float[Tensor, " batch"] | Tensor,
+        problems: Sequence[int],
+    ) -> Outputs:
+        """Evaluate scaled model inputs at per-row timesteps, each under its problem's conditioning."""
+        ...
+
+    def combine(self, outputs: Outputs) -> Float[Tensor, "batch channels height width"]:
+        """Guided output, by the arithmetic of the stock pipeline."""
+        ...
+
+
+class Decoder(Protocol):
+    """Latents to images."""
+
+    def __call__(
+        self, latents: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch 3 rows columns"]:
+        """Images in [0, 1], as the stock pipeline would hand them to its image processor."""
+        ...
+
+
+

@@ -1,0 +1,1 @@
+"""Numbers and trees: the search itself. Nothing in this room imports torch or diffusers."""

@@ -1,0 +1,262 @@
+"""What a search asks of the world: the requests, their replies, and the ledger of what they cost.
+
+A strategy (one file each in ``search/strategies``) is a generator for *one* image. It yields
+requests and is sent a :class:`Reply` for each, so that it reads like its paper's algorithm box and
+has no other source of chance, time or cost. ``search/runner.py`` merges the requests of many images
+into waves and answers them by an :class:`Environment`: a Gaussian mixture with exact values, the
+embedded model, or SDXL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Handles: TypeAlias = npt.NDArray[np.int64]
+"""``[batch]`` ids of samples in an environment; never reused, so an id is also a date."""
+Values: TypeAlias = npt.NDArray[np.float64]
+"""``[batch]`` in reward units, higher is better."""
+Seeds: TypeAlias = npt.NDArray[np.int64]
+"""``[batch]`` seeds, 0 to 2**63 - 1, or :data:`FIRST_DRAW` in a :class:`Reset`."""
+
+FIRST_DRAW = -1
+"""Seed that stands for the initial noise that came with the problem (the stock pipeline's draw)."""
+
+
+class Action(NamedTuple):
+    """What an edge does; its noise is the seed's, kept apart.
+
+    Attributes:
+        stride: schedule steps crossed, at least 1 and at most the steps left.
+        eta: share of fresh noise, 0 (deterministic) to 1; ``None`` steps as the user's own
+            scheduler and ``eta`` say, exactly like the stock pipeline.
+    """
+
+    stride: int
+    eta: float | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was spent, in useful work (padding is in ``padded_rows`` alone).
+
+    Attributes:
+        nfe: denoiser evaluations of one latent; with guidance one NFE is two rows.
+        rows: useful rows through the network.
+        padded_rows: rows added to fill a chunk.
+        calls: calls of the network.
+        decodes: latents decoded in full.
+        previews: latents decoded by the preview decoder.
+        reward_calls: images scored by the reward.
+    """
+
+    nfe: int = 0
+    rows: int = 0
+    padded_rows: int = 0
+    calls: int = 0
+    decodes: int = 0
+    previews: int = 0
+    reward_calls: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Counts)))
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(Counts)))
+
+    def __mul__(self, times: int) -> Counts:
+        return Counts(*(getattr(self, f.name) * times for f in fields(Counts)))
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The price list: what one unit costs in row-equivalents (a row through the network is 1)."""
+
+    decode: float = 0.0
+    preview: float = 0.0
+    reward_call: float = 0.0
+
+    def cost(self, counts: Counts) -> float:
+        """Cost of ``counts`` in row-equivalents; padded rows are the batch's, not the search's."""
+        return (
+            counts.rows
+            + counts.decodes * self.decode
+            + counts.previews * self.preview
+            + counts.reward_calls * self.reward_call
+        )
+
+
+@dataclass
+class Ledger:
+    """What a call has spent so far, in all and by problem (image).
+
+    Attributes:
+        prices: the measured price list by which ``cost`` is computed.
+        total: everything, padding and calls included.
+        by_problem: useful work of each image; padding and calls are shared, so 0 there.
+        seconds: wall-clock seconds by phase (``"network"``, ``"decode"``, ``"reward"``, ``"step"``, ...).
+    """
+
+    prices: Prices = field(default_factory=Prices)
+    total: Counts = field(default_factory=Counts)
+    by_problem: dict[int, Counts] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def charge(self, problems: Sequence[int] | Handles, each: Counts) -> None:
+        """Add ``each`` once for every entry of ``problems``, to that image and to the total."""
+        for problem in problems:
+            key = int(problem)
+            self.by_problem[key] = self.by_problem.get(key, Counts()) + each
+        self.total = self.total + each * len(problems)
+
+    def charge_shared(self, counts: Counts) -> None:
+        """Add what belongs to no single image: calls and padded rows."""
+        self.total = self.total + counts
+
+    def charge_seconds(self, phase: str, seconds: float) -> None:
+        """Add wall-clock ``seconds`` to ``phase``."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def spent(self, problem: int) -> Counts:
+        """Useful work done for one image so far."""
+        return self.by_problem.get(problem, Counts())
+
+    @property
+    def cost(self) -> float:
+        """Total cost in row-equivalents, by the price list."""
+        return self.prices.cost(self.total)
+
+
+# The requests: what a strategy yields. ``problem`` is not named in them: the runner knows whose
+# generator it is asking.
+
+
+@dataclass(frozen=True)
+class Reset:
+    """Draw initial noise, one per seed (:data:`FIRST_DRAW`: the one that came). Reply: handles."""
+
+    seeds: Seeds
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """Evaluate unfinished samples: one NFE for each not yet evaluated. Reply: ``None``."""
+
+    handles: Handles
+
+
+@dataclass(frozen=True)
+class Step:
+    """Make lazy children of evaluated samples, one per (parent, action, seed). Reply: handles."""
+
+    parents: Handles
+    actions: tuple[Action, ...]
+    seeds: Seeds
+
+
+@dataclass(frozen=True)
+class Value:
+    """Value unfinished, evaluated samples by their denoised estimate. Reply: values."""
+
+    handles: Handles
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Decode finished samples in full and score them (cached). Reply: rewards."""
+
+    handles: Handles
+
+
+@dataclass(frozen=True)
+class Renoise:
+    """Go back up the schedule to ``step_index`` from the denoised estimate. Reply: handles."""
+
+    handles: Handles
+    step_index: int
+    seeds: Seeds
+
+
+@dataclass(frozen=True)
+class Release:
+    """Forget samples that the search will not touch again. Reply: ``None``."""
+
+    handles: Handles
+
+
+Request: TypeAlias = Reset | Denoise | Step | Value | Reward | Renoise | Release
+
+
+class Reply(NamedTuple):
+    """The answer to one request.
+
+    Attributes:
+        result: handles, values or ``None``, as the request says.
+        spent: useful work done for this image since its search began, this request included.
+    """
+
+    result: Any
+    spent: Counts
+
+
+Asks: TypeAlias = Generator[Request | tuple[Request, ...], Any, Any]
+"""A coroutine of a search: yields a request (or, from ``gather``, a tuple of them, answered by a
+tuple of replies)."""
+
+
+class Environment(Protocol):
+    """The world of a search: many images (problems), each with samples named by handles.
+
+    Every method takes and returns batches across all images. Attributes:
+        num_steps: steps of the schedule; a sample at ``step_index == num_steps`` is finished.
+        ledger: what was spent.
+        free_guidance: ``False`` where guidance is an input of the network (Flux, LCM).
+    """
+
+    num_steps: int
+    ledger: Ledger
+    free_guidance: bool
+
+    def reset(self, problems: Handles, seeds: Seeds) -> Handles:
+        """Draw initial noise for each problem; 0 NFE."""
+        ...
+
+    def denoise(self, handles: Handles) -> None:
+        """Evaluate samples that are not yet evaluated; 1 NFE each."""
+        ...
+
+    def step(self, parents: Handles, actions: Sequence[Action], seeds: Seeds) -> Handles:
+        """Make one lazy child for each (evaluated parent, action, seed)."""
+        ...
+
+    def step_price(self, parents: Handles, actions: Sequence[Action]) -> Counts:
+        """What a ``step`` costs beyond the parents' evaluation: nothing, or 1 NFE each for two-call solvers."""
+        ...
+
+    def value(self, handles: Handles) -> Values:
+        """Reward of the denoised estimates of unfinished, evaluated samples (by preview)."""
+        ...
+
+    def reward(self, handles: Handles) -> Values:
+        """Reward of finished samples, decoded in full; asked again it costs nothing."""
+        ...
+
+    def renoise(self, handles: Handles, step_index: int, seeds: Seeds) -> Handles:
+        """Noise the denoised estimates (of evaluated or finished samples) to ``step_index``."""
+        ...
+
+    def export(self, handles: Handles) -> Any:
+        """Copy of the samples, in a form that ``restore`` takes."""
+        ...
+
+    def restore(self, saved: Any) -> Handles:
+        """Samples back from ``export``, under new handles."""
+        ...
+
+    def release(self, handles: Handles) -> None:
+        """Forget samples; their handles are never used again."""
+        ...
