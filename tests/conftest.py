@@ -1,0 +1,59 @@
+"""What every test stands on: one thread, no network, the same examples each time."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+# Before anything imports torch or huggingface_hub, and for the processes that tests start. One
+# thread: tests run side by side, and pictures are bit-equal only at equal numbers of threads.
+os.environ.update(
+    CUBLAS_WORKSPACE_CONFIG=":4096:8",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_OFFLINE="1",
+    MKL_NUM_THREADS="1",
+    MPLBACKEND="Agg",
+    OMP_NUM_THREADS="1",
+    OPENBLAS_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# `make test` draws the same examples everywhere; HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile(
+    "dev",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "ci", parent=settings.get_profile("dev"), max_examples=100, print_blob=True
+)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+
+@pytest.fixture(autouse=True)
+def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuses connections to anywhere but this machine, except in tests marked `hub`."""
+    if request.node.get_closest_marker("hub"):
+        return
+    connect = socket.socket.connect
+
+    def connect_locally(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and str(address[0]) not in {
+            "127.0.0.1",
+            "::1",
+            "localhost",
+        }:
+            raise RuntimeError(f"a test reached for the network: {address}; mark it `hub`.")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_locally)
