@@ -84,7 +84,8 @@ def test_search_imports_numpy_at_most(module: str) -> None:
 
 
 def test_running_the_search_loads_no_torch() -> None:
-    code = f"import sys, {', '.join(TORCH_FREE)}; print(*({{'torch', 'diffusers'}} & set(sys.modules)))"
+    loaded = "print(*({'torch', 'diffusers'} & set(sys.modules)))"
+    code = f"import sys, {', '.join(TORCH_FREE)}; {loaded}"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""
 
