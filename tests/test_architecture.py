@@ -38,7 +38,7 @@ MODULES = sorted(
 
 TORCH_FREE = [name for name in MODULES if name.split(".")[1:2] in (["errors"], ["search"])]
 PIPELINES = sorted((ROOT / "pipelines").glob("*.py"))
-SCRIPTS = sorted((ROOT / "training").glob("*.py"))
+SCRIPTS = sorted((ROOT / "training").glob("[!_]*.py"))
 
 
 def path_of(module: str) -> Path:
