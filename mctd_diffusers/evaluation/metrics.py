@@ -1,0 +1,142 @@
+"""Numbers about samples: intervals over prompts, distances of sets of pictures, diversity."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from mctd_diffusers.errors import ConfigError
+
+_RESAMPLES = 10_000
+
+
+class Interval(NamedTuple):
+    """A mean with its bootstrap interval.
+
+    Attributes:
+        mean: of the values as they are.
+        low: lower end of the interval.
+        high: upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(
+    values: Float[np.ndarray, " prompts"], *, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+    """Return the mean over prompts with its percentile bootstrap interval (10,000 resamples).
+
+    Args:
+        values: one for each prompt; the prompts are what is drawn again.
+        confidence: coverage of the interval, between 0 and 1.
+        seed: of the resampling.
+
+    Raises:
+        ConfigError: there are no values.
+
+    Reference: Efron and Tibshirani, "An introduction to the bootstrap" (1993), chapter 13.
+    """
+    if len(values) == 0:
+        raise ConfigError("values are empty: a mean needs at least one prompt")
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(len(values), size=(_RESAMPLES, len(values)))
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(values[rows].mean(axis=1), [tail, 100 - tail])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def paired_difference(
+    first: Float[np.ndarray, " prompts"],
+    second: Float[np.ndarray, " prompts"],
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Return the mean of ``first - second`` over the same prompts, with its bootstrap interval.
+
+    Raises:
+        ConfigError: numbers of prompts differ, or there are none.
+    """
+    if first.shape != second.shape:
+        raise ConfigError(
+            f"{len(first)} and {len(second)} values: a paired test needs the same prompts"
+        )
+    return bootstrap_mean(first - second, confidence=confidence, seed=seed)
+
+
+def kernel_distance(
+    first: Float[np.ndarray, "some features"], second: Float[np.ndarray, "others features"]
+) -> float:
+    """Return the unbiased squared maximum mean discrepancy of two sets of features (KID).
+
+    With the cubic polynomial kernel ``(x . y / features + 1)^3``. Its expectation is 0 for two
+    samples of one law, so it can come out slightly negative.
+
+    Args:
+        first: features of one set of pictures, at least two.
+        second: features of the other, at least two.
+
+    Raises:
+        ConfigError: a set has fewer than two pictures.
+
+    Reference: Binkowski et al., "Demystifying MMD GANs" (2018), section 3 and equation 4.
+    """
+    if min(len(first), len(second)) < 2:
+        raise ConfigError(f"{len(first)} and {len(second)} pictures: a distance needs two of each")
+
+    def kernel(
+        x: Float[np.ndarray, "a f"], y: Float[np.ndarray, "b f"]
+    ) -> Float[np.ndarray, "a b"]:
+        return np.asarray((x @ y.T / x.shape[1] + 1) ** 3)
+
+    def mean_of_pairs(gram: Float[np.ndarray, "a a"]) -> float:
+        count = len(gram)
+        return float((gram.sum() - np.trace(gram)) / (count * (count - 1)))
+
+    within = mean_of_pairs(kernel(first, first)) + mean_of_pairs(kernel(second, second))
+    return within - 2 * float(kernel(first, second).mean())
+
+
+def pairwise_diversity(features: Float[np.ndarray, "pictures features"]) -> float:
+    """Return the mean cosine distance over all pairs of pictures: 0 where all are alike.
+
+    Args:
+        features: of at least two pictures, none of them zero.
+
+    Raises:
+        ConfigError: there are fewer than two pictures, or features of a picture are all zero.
+    """
+    count = len(features)
+    if count < 2:
+        raise ConfigError(f"{count} pictures: diversity needs two")
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    if not norms.all():
+        raise ConfigError("features of a picture are all zero: its direction is undefined")
+    units = features / norms
+    return float(1 - ((units.sum(axis=0) ** 2).sum() - count) / (count * (count - 1)))
+
+
+def correlation(
+    first: Float[np.ndarray, " values"], second: Float[np.ndarray, " values"]
+) -> float | None:
+    """Return Pearson's correlation, or ``None`` where one side is constant and it is undefined.
+
+    >>> correlation(np.array([0.0, 1.0, 2.0]), np.array([1.0, 3.0, 5.0]))
+    1.0
+    >>> correlation(np.array([0.0, 1.0]), np.array([1.0, 1.0])) is None
+    True
+
+    Raises:
+        ConfigError: the lengths differ.
+    """
+    if first.shape != second.shape:
+        raise ConfigError(f"{len(first)} and {len(second)} values: a correlation needs pairs")
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    a, b = first - first.mean(), second - second.mean()
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
