@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Picture
 from tqdm import tqdm
@@ -140,7 +139,7 @@ TINTS = {
     "pink": (330, 0.90, 0.45, 0.72, 0.92),
     "brown": (24, 0.50, 0.12, 0.30, 0.64),
 }
-"""Hue in degrees, saturation, and the lightness of the darkest, the median and the lightest part."""
+"""Hue in degrees, saturation, and lightness of the darkest, the median and the lightest part."""
 
 KIND_SHARES = {
     "one_object": 0.19,

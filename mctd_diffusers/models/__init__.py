@@ -1,0 +1,1 @@
+"""What saves, loads and pushes, and the losses that train it."""
