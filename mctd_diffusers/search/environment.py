@@ -98,7 +98,7 @@ class Ledger:
         prices: the measured price list by which ``cost`` is computed.
         total: everything, padding and calls included.
         by_problem: useful work of each image; padding and calls are shared, so 0 there.
-        seconds: wall-clock seconds by phase (``"network"``, ``"decode"``, ``"reward"``, ``"step"``, ...).
+        seconds: wall-clock seconds by phase (``"network"``, ``"decode"``, ``"reward"``, ...).
     """
 
     prices: Prices = field(default_factory=Prices)
@@ -234,7 +234,7 @@ class Environment(Protocol):
         ...
 
     def step_price(self, parents: Handles, actions: Sequence[Action]) -> Counts:
-        """What a ``step`` costs beyond the parents' evaluation: nothing, or 1 NFE each for two-call solvers."""
+        """What a ``step`` costs beyond the parents' evaluation: 0, or 1 NFE (two-call solvers)."""
         ...
 
     def value(self, handles: Handles) -> Values:

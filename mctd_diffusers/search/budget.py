@@ -1,0 +1,131 @@
+"""What a search may spend, and the account that keeps it from spending more."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import sys
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias
+
+from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.search.environment import Counts, Prices
+
+StopReason: TypeAlias = Literal["budget", "exhausted", "time", "interrupted", "error"]
+"""Why a search ended: what is left of the budget pays for nothing more; the strategy had nothing
+more to try; the seconds were up; Ctrl-C; an error."""
+
+VALUE_SPENDS: Final = Counts(previews=1, reward_calls=1)
+"""What valuing one unfinished sample spends where a preview decoder is at hand."""
+REWARD_SPENDS: Final = Counts(decodes=1, reward_calls=1)
+"""What scoring one finished sample spends."""
+
+UNLIMITED: Final = sys.maxsize
+_ROUNDING = 1e-9  # row-equivalents are sums of measured floats
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent on one image.
+
+    Attributes:
+        nfe: denoiser evaluations, at least 1; ``None`` for no bound.
+        cost: row-equivalents by the price list, above 0; ``None`` for no bound.
+
+    Raises:
+        ConfigError: a bound is not a positive, finite number.
+    """
+
+    nfe: int | None = None
+    cost: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.nfe is not None and not _is_at_least(self.nfe, 1, whole=True):
+            raise ConfigError(f"nfe budget is {self.nfe!r}; give a whole number of at least 1.")
+        if self.cost is not None and (self.cost == 0 or not _is_at_least(self.cost, 0)):
+            raise ConfigError(f"cost budget is {self.cost!r}; give row-equivalents above 0.")
+
+
+def _is_at_least(number: Any, least: float, *, whole: bool = False) -> bool:
+    """Whether what a user gave is a finite number (``whole``: an integer) of at least ``least``."""
+    kind = numbers.Integral if whole else numbers.Real
+    return (
+        not isinstance(number, bool)
+        and isinstance(number, kind)
+        and math.isfinite(float(number))
+        and float(number) >= least
+    )
+
+
+class Account:
+    """How much of a budget is spent, and what the rest can pay.
+
+    Args:
+        budget: what may be spent.
+        prices: the price list by which cost is counted.
+        rows_per_nfe: rows of one NFE: 2 with guidance, else 1.
+        value_spends: what valuing one unfinished sample spends.
+        reward_spends: what scoring one finished sample spends.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        prices: Prices,
+        rows_per_nfe: int = 1,
+        value_spends: Counts = VALUE_SPENDS,
+        reward_spends: Counts = REWARD_SPENDS,
+    ) -> None:
+        self.budget = budget
+        self.prices = prices
+        self.rows_per_nfe = rows_per_nfe
+        self.value_spends = value_spends
+        self.reward_spends = reward_spends
+        self.spent = Counts()
+        self._value_cost = prices.cost(value_spends)
+        self._reward_cost = prices.cost(reward_spends)
+
+    def update(self, spent: Counts) -> None:
+        """Set what has been spent so far, as the latest reply says."""
+        self.spent = spent
+
+    def price(self, *, nfe: int = 0, values: int = 0, rewards: int = 0) -> Counts:
+        """What so many evaluations, valued unfinished samples and scored finished ones spend."""
+        return (
+            Counts(nfe=nfe, rows=nfe * self.rows_per_nfe)
+            + self.value_spends * values
+            + self.reward_spends * rewards
+        )
+
+    def affords(self, counts: Counts) -> bool:
+        """Whether ``counts`` can be spent on top of what is spent."""
+        if self.budget.nfe is not None and self.spent.nfe + counts.nfe > self.budget.nfe:
+            return False
+        if self.budget.cost is None:
+            return True
+        cost = self.prices.cost(self.spent) + self.prices.cost(counts)
+        return cost <= self.budget.cost + _ROUNDING
+
+    def nfe_left_for(self, *, values_per_nfe: float = 1.0, rewards: int = 1) -> int:
+        """Evaluations that the tighter bound still pays, together with what comes with them.
+
+        Args:
+            values_per_nfe: valued samples per evaluation, 0 for a strategy that values none.
+            rewards: finished samples that must still be scored.
+
+        Returns:
+            A whole number, at least 0; ``UNLIMITED`` without any bound.
+        """
+        left = UNLIMITED
+        if self.budget.nfe is not None:
+            left = self.budget.nfe - self.spent.nfe
+        if self.budget.cost is not None:
+            cost = self.budget.cost - self.prices.cost(self.spent) - rewards * self._reward_cost
+            each = self.rows_per_nfe + values_per_nfe * self._value_cost
+            left = min(left, math.floor((cost + _ROUNDING) / each))
+        return max(left, 0)
+
+    @property
+    def nfe_left(self) -> int:
+        """Evaluations left when each is valued and one finished sample is scored."""
+        return self.nfe_left_for()

@@ -1,0 +1,181 @@
+"""What strategies are made of: small coroutines that ask the world and write the tree.
+
+Each takes a problem first, yields requests, and returns rows of the tree. ``gather`` runs
+coroutines side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mctd_diffusers.search.environment import (
+    Action,
+    Asks,
+    Denoise,
+    Reply,
+    Reset,
+    Reward,
+    Step,
+    Value,
+    Values,
+)
+from mctd_diffusers.search.problem import Problem
+from mctd_diffusers.search.tree import DRAW, ROOT, STEP, add_child, issue_seeds
+
+
+def draw(problem: Problem, count: int) -> Asks:
+    """Draw ``count`` initial noises; returns their nodes. A search's first is the problem's own."""
+    seeds = issue_seeds(problem.tree, ROOT, move=DRAW, stride=0, count=count)
+    reply: Reply = yield Reset(np.array(seeds, dtype=np.int64))
+    return [
+        add_child(
+            problem.tree,
+            ROOT,
+            handle=handle,
+            step_index=0,
+            move=DRAW,
+            stride=0,
+            eta=None,
+            seed=seed,
+        )
+        for handle, seed in zip(reply.result.tolist(), seeds, strict=True)
+    ]
+
+
+def step(problem: Problem, parents: Sequence[int], *, stride: int, eta: float | None) -> Asks:
+    """Expand each entry of ``parents`` (evaluated; a row may stand there often) by one lazy child.
+
+    Args:
+        problem: the image.
+        parents: rows, all at one distance of at least ``stride`` from the end.
+        stride: schedule steps that each edge crosses.
+        eta: share of fresh noise; ``None`` steps as the user's own scheduler says.
+
+    Returns:
+        The rows of the children, in order.
+    """
+    tree = problem.tree
+    seeds = [issue_seeds(tree, parent, move=STEP, stride=stride, count=1)[0] for parent in parents]
+    reply: Reply = yield Step(
+        tree.handle[parents],
+        (Action(stride, eta),) * len(parents),
+        np.array(seeds, dtype=np.int64),
+    )
+    targets = (tree.step_index[parents] + stride).tolist()
+    return [
+        add_child(
+            tree,
+            parent,
+            handle=handle,
+            step_index=target,
+            move=STEP,
+            stride=stride,
+            eta=eta,
+            seed=seed,
+        )
+        for parent, handle, target, seed in zip(
+            parents, reply.result.tolist(), targets, seeds, strict=True
+        )
+    ]
+
+
+def denoise(problem: Problem, nodes: Sequence[int]) -> Asks:
+    """Evaluate unfinished nodes: 1 NFE each."""
+    yield Denoise(problem.tree.handle[nodes])
+
+
+def value(problem: Problem, nodes: Sequence[int]) -> Asks:
+    """Value evaluated nodes by their denoised estimates; returns the values."""
+    reply: Reply = yield Value(problem.tree.handle[nodes])
+    values: Values = reply.result
+    return values
+
+
+def reward(problem: Problem, nodes: Sequence[int]) -> Asks:
+    """Score finished nodes; returns the rewards."""
+    reply: Reply = yield Reward(problem.tree.handle[nodes])
+    rewards: Values = reply.result
+    return rewards
+
+
+def finish_plainly(problem: Problem, nodes: Sequence[int]) -> Asks:
+    """Step ``nodes``, all at one step index, plainly to the end, and score them.
+
+    Nodes that are not evaluated are evaluated first. Where the account cannot pay for single steps,
+    the longest strides that it pays for are used, coarsest last.
+
+    Returns:
+        The rows of the finished nodes, in order.
+    """
+    tree = problem.tree
+    nodes = list(nodes)
+    left = problem.num_steps - int(tree.step_index[nodes[0]])
+    while True:
+        todo = [node for node in nodes if not tree.evaluated[node]]
+        if todo:
+            yield from denoise(problem, todo)
+        stride = 1
+        if not problem.account.affords(
+            problem.account.price(nfe=(left - 1) * len(nodes), rewards=len(nodes))
+        ):
+            paid = problem.account.nfe_left_for(values_per_nfe=0, rewards=len(nodes))
+            stride = -(-left // (paid // len(nodes) + 1))
+        nodes = yield from step(problem, nodes, stride=stride, eta=None)
+        left -= stride
+        if left == 0:
+            break
+    yield from reward(problem, nodes)
+    return nodes
+
+
+def complete(problem: Problem) -> Asks:
+    """Finish one sample as cheaply as the tree allows: plain steps, no search.
+
+    It goes on from the evaluated sample nearest the end (the best valued of those), or from a draw
+    where there is none.
+    """
+    tree = problem.tree
+    resumable = np.flatnonzero(tree.evaluated & tree.live)
+    if resumable.size:
+        values = tree.value[resumable]
+        values = np.where(np.isnan(values), -np.inf, values)
+        node = int(resumable[np.lexsort((values, tree.step_index[resumable]))[-1]])
+    else:
+        (node,) = yield from draw(problem, 1)
+    yield from finish_plainly(problem, [node])
+
+
+def gather(*coroutines: Asks) -> Asks:
+    """Run coroutines of one image side by side: their requests ride in the same wave.
+
+    Yields tuples of the pending requests (one for each coroutine that is not done; they may nest
+    and be of different length) and takes tuples of replies.
+
+    Returns:
+        Their return values, in order.
+    """
+    results: list[Any] = [None] * len(coroutines)
+    pending: dict[int, Any] = {}
+
+    def advance(position: int, reply: Any) -> None:
+        try:
+            pending[position] = coroutines[position].send(reply)
+        except StopIteration as stop:
+            pending.pop(position, None)
+            results[position] = stop.value
+
+    try:
+        for position in range(len(coroutines)):
+            advance(position, None)
+        while pending:
+            waiting = list(pending)
+            replies = yield tuple(pending[position] for position in waiting)
+            for position, reply in zip(waiting, replies, strict=True):
+                advance(position, reply)
+    finally:
+        for coroutine in coroutines:
+            coroutine.close()
+    return results

@@ -1,0 +1,569 @@
+"""Runs one strategy on many images: merges their requests into waves, keeps what is found.
+
+The loop, in one paragraph. Every image has a coroutine (``strategy.search(problem)``) that waits
+for replies. Cheap requests (release, reset, step, renoise) are answered at once; when all
+coroutines wait for something expensive, the kind with the most samples pending (denoise, value or
+reward) is answered in one call across all images, so that calls are as full as they can be. The
+runner writes what the world answered into each image's tree, keeps every finished sample, and
+stops for budget, time or Ctrl-C with the best of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from mctd_diffusers.errors import BudgetError, ConfigError, SearchError
+from mctd_diffusers.search.budget import StopReason
+from mctd_diffusers.search.environment import (
+    Action,
+    Asks,
+    Counts,
+    Denoise,
+    Environment,
+    Release,
+    Renoise,
+    Reply,
+    Request,
+    Reset,
+    Reward,
+    Step,
+    Value,
+)
+from mctd_diffusers.search.moves import complete, gather
+from mctd_diffusers.search.problem import Problem
+from mctd_diffusers.search.tree import (
+    Tree,
+    record_evaluated,
+    record_rewards,
+    record_values,
+)
+
+__all__ = [
+    "Finished",
+    "Problem",
+    "SearchResult",
+    "Strategy",
+    "Wave",
+    "check_budget",
+    "gather",
+    "replay",
+    "run_search",
+]
+
+
+class Strategy(Protocol):
+    """A search algorithm with its settings: a frozen dataclass that validates itself.
+
+    Attributes:
+        name: its name in the table of strategies.
+    """
+
+    @property
+    def name(self) -> str:
+        """Its name in the table of strategies."""
+        ...
+
+    def least_nfe(self, num_steps: int) -> int:
+        """Fewest evaluations with which it can finish one sample."""
+        ...
+
+    def search(self, problem: Problem) -> Asks:
+        """Coroutine that searches one image.
+
+        It yields requests (or tuples of them, see :func:`gather`), is sent a reply for each, adds
+        the samples it makes to ``problem.tree``, and returns when it has nothing more to do or its
+        account pays for nothing more. Its return value is a :data:`StopReason`, or ``None`` for
+        ``"budget"``.
+
+        Raises:
+            BudgetError: before the first request, where the budget cannot pay for one sample.
+        """
+        ...
+
+
+class Finished(NamedTuple):
+    """One finished sample.
+
+    Attributes:
+        node: its row in the tree.
+        handle: the environment's id; the runner does not release it.
+        reward: its score.
+        nfe_when_found: evaluations spent on the image when it was scored.
+    """
+
+    node: int
+    handle: int
+    reward: float
+    nfe_when_found: int
+
+
+@dataclass
+class SearchResult:
+    """What the search of one image found and spent.
+
+    Attributes:
+        strategy: name of the strategy.
+        problem: index of the image.
+        tree: the search tree.
+        finished: every finished sample, in the order of scoring.
+        spent: useful work.
+        stop_reason: why it ended.
+        history: ``(nfe, best reward so far)`` at every sample that was better than those before.
+        replies: the log of replies; :func:`replay` rebuilds the search from it.
+    """
+
+    strategy: str
+    problem: int
+    tree: Tree
+    finished: list[Finished]
+    spent: Counts
+    stop_reason: StopReason
+    history: list[tuple[int, float]]
+    replies: list[Reply]
+
+    @property
+    def best(self) -> Finished | None:
+        """The finished sample of the highest reward, the first of equals; ``None`` if none is."""
+        return max(self.finished, key=lambda sample: sample.reward, default=None)
+
+
+class Wave(NamedTuple):
+    """What ``on_wave`` is told after each call of the environment that costs something.
+
+    Attributes:
+        kind: ``"denoise"``, ``"value"`` or ``"reward"``.
+        size: samples in the call.
+        nfe: ``[problems]`` evaluations spent on each image so far.
+        best: ``[problems]`` best reward of each image so far; ``None`` where none is finished.
+    """
+
+    kind: str
+    size: int
+    nfe: list[int]
+    best: list[float | None]
+
+
+def run_search(
+    strategy: Strategy,
+    environment: Environment,
+    problems: Sequence[Problem],
+    *,
+    seconds: float | None = None,
+    on_wave: Callable[[Wave], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[SearchResult]:
+    """Search all ``problems`` with one strategy, in shared waves.
+
+    Args:
+        strategy: the algorithm and its settings.
+        environment: the world; its ledger meters what each image spends.
+        problems: the images; each with its own budget, of different ``index``.
+        seconds: wall-clock bound for the call. When it is over, every image still completes its
+            first finished sample, without further search; then the search stops.
+        on_wave: called after each denoise, value or reward call.
+        clock: seconds; a parameter for tests.
+
+    Returns:
+        One result for each problem, in order.
+
+    Raises:
+        BudgetError: a budget cannot pay for one sample; before the first call of the environment.
+        SearchError: an error inside the environment; ``partial`` holds the results so far. Also a
+            strategy that asks for more than its budget pays.
+        KeyboardInterrupt: Ctrl-C while no image had a finished sample; otherwise Ctrl-C ends the
+            search with what is found, and ``stop_reason`` says so.
+    """
+    indices = [problem.index for problem in problems]
+    if len(set(indices)) != len(indices):
+        raise ConfigError(f"problems have indices {indices}; each image needs its own.")
+    if seconds is not None and seconds <= 0:
+        raise ConfigError(f"time budget is {seconds!r} seconds; give a number above 0.")
+    deadline = None if seconds is None else clock() + seconds
+    for problem in problems:
+        check_budget(strategy, problem)
+    images = [_Image(strategy, environment, problem) for problem in problems]
+    queue = _Queue(environment)
+    try:
+        for image in images:
+            queue.add(image.start())
+        while (kind := queue.next_kind()) is not None:
+            size = queue.answer(kind)
+            if kind in _CHEAP:
+                continue
+            if on_wave is not None:
+                spent = [image.problem.account.spent.nfe for image in images]
+                best = [image.best_reward for image in images]
+                on_wave(Wave(kind.__name__.lower(), size, spent, best))
+            if deadline is not None and clock() >= deadline:
+                deadline = None
+                queue.clear()
+                for image in images:
+                    queue.add(image.stop_for_time())
+    except KeyboardInterrupt:
+        if not any(image.finished for image in images):
+            raise
+        for image in images:
+            image.stop("interrupted")
+    except SearchError as error:
+        for image in images:
+            image.stop("error")
+        error.partial = [image.result() for image in images]
+        raise
+    return [image.result() for image in images]
+
+
+def check_budget(strategy: Strategy, problem: Problem) -> None:
+    """Refuse a budget that cannot pay for one finished sample.
+
+    Raises:
+        BudgetError: names the budget, the least that works and the cure.
+    """
+    least = strategy.least_nfe(problem.num_steps)
+    price = problem.account.price(nfe=least, rewards=1)
+    if problem.account.affords(price):
+        return
+    budget = problem.budget
+    if budget.nfe is not None and budget.nfe < least:
+        raise BudgetError(
+            f"a budget of {budget.nfe} NFE cannot finish one sample: {strategy.name!r} over "
+            f"{problem.num_steps} steps needs at least {least} NFE; raise the budget, or use fewer "
+            "steps."
+        )
+    raise BudgetError(
+        f"a cost budget of {budget.cost:g} row-equivalents cannot finish one sample: "
+        f"{strategy.name!r} over {problem.num_steps} steps needs at least "
+        f"{problem.prices.cost(price):g} (decode and reward included); raise the budget, or use "
+        "fewer steps."
+    )
+
+
+def replay(strategy: Strategy, problem: Problem, replies: Iterable[Reply]) -> Request | None:
+    """Rebuild a search in ``problem`` from the log of its replies, without an environment.
+
+    Args:
+        strategy: the same settings as in the search that wrote the log.
+        problem: as in that search, its tree untouched.
+        replies: the log, ``SearchResult.replies``.
+
+    Returns:
+        The first request that the log does not answer; ``None`` if the search is over.
+    """
+    coroutine = strategy.search(problem)
+    log = iter(replies)
+    try:
+        asked = next(coroutine)
+        while True:
+            answers = []
+            for request in _leaves(asked):
+                reply = next(log, None)
+                if reply is None:
+                    return request
+                _record(problem, request, reply)
+                answers.append(reply)
+            asked = coroutine.send(_fold(asked, iter(answers)))
+    except StopIteration:
+        return None
+
+
+_Asked: TypeAlias = Any
+"""A request, or a tuple of what is asked (recursively)."""
+
+_CHEAP: Final[tuple[type[Request], ...]] = (Release, Reset, Step, Renoise)
+_EXPENSIVE: Final[tuple[type[Request], ...]] = (Denoise, Value, Reward)
+
+
+def _leaves(asked: _Asked) -> Iterator[Request]:
+    """Requests of a nested tuple, left to right."""
+    if isinstance(asked, tuple):
+        for part in asked:
+            yield from _leaves(part)
+    else:
+        yield asked
+
+
+def _fold(asked: _Asked, replies: Iterator[Reply]) -> Any:
+    """Replies in the nesting of what was asked."""
+    if isinstance(asked, tuple):
+        return tuple(_fold(part, replies) for part in asked)
+    return next(replies)
+
+
+def _record(problem: Problem, request: Request, reply: Reply) -> None:
+    """Write what the world answered into the account and the tree."""
+    problem.account.update(reply.spent)
+    if isinstance(request, Denoise):
+        record_evaluated(problem.tree, request.handles)
+    elif isinstance(request, Value):
+        record_values(problem.tree, request.handles, reply.result)
+    elif isinstance(request, Reward):
+        record_rewards(problem.tree, request.handles, reply.result)
+
+
+def _size(request: Request) -> int:
+    """Samples that a request names."""
+    if isinstance(request, Reset):
+        return len(request.seeds)
+    if isinstance(request, Step):
+        return len(request.parents)
+    return len(request.handles)
+
+
+class _Leaf:
+    """A pending request of one image, and in the end its reply."""
+
+    __slots__ = ("image", "reply", "request")
+
+    def __init__(self, image: _Image, request: Request) -> None:
+        self.image = image
+        self.request: Any = request
+        self.reply: Reply | None = None
+
+
+class _Image:
+    """One image under search: its coroutine, what it waits for, and what it has found."""
+
+    def __init__(self, strategy: Strategy, environment: Environment, problem: Problem) -> None:
+        self.problem = problem
+        self.finished: list[Finished] = []
+        self.history: list[tuple[int, float]] = []
+        self.best_reward: float | None = None
+        self.replies: list[Reply] = []
+        self._name = strategy.name
+        self._ledger = environment.ledger
+        self._before = environment.ledger.spent(problem.index)
+        self._coroutine = strategy.search(problem)
+        self._asked: _Asked = None
+        self._open: list[_Leaf] = []
+        self._num_open = 0
+        self._stop_reason: StopReason | None = None
+
+    def start(self) -> list[_Leaf]:
+        """Run up to the first requests."""
+        return self._advance(None)
+
+    def take(self, leaf: _Leaf, result: Any) -> list[_Leaf]:
+        """Record the answer to one leaf; returns the next requests if it was the last one open."""
+        spent = self._ledger.spent(self.problem.index)
+        if self._before.rows:
+            spent = spent - self._before
+        leaf.reply = Reply(result, spent)
+        _record(self.problem, leaf.request, leaf.reply)
+        if isinstance(leaf.request, Reward):
+            self._keep(leaf.request.handles, result, spent.nfe)
+        self._num_open -= 1
+        if self._num_open:
+            return []
+        replies = [leaf.reply for leaf in self._open if leaf.reply is not None]
+        self.replies.extend(replies)
+        return self._advance(_fold(self._asked, iter(replies)))
+
+    def stop(self, reason: StopReason) -> None:
+        """End the search where it stands; nothing if it is over."""
+        if self._stop_reason is None:
+            self._stop_reason = reason
+            self._coroutine.close()
+
+    def stop_for_time(self) -> list[_Leaf]:
+        """End the search, or let it complete its first sample; returns the requests for that."""
+        if self._stop_reason is not None:
+            return []
+        if self.finished:
+            self.stop("time")
+            return []
+        self._coroutine.close()
+        self._coroutine = self._complete_in_time()
+        return self._advance(None)
+
+    def result(self) -> SearchResult:
+        """What was found and spent."""
+        return SearchResult(
+            strategy=self._name,
+            problem=self.problem.index,
+            tree=self.problem.tree,
+            finished=self.finished,
+            spent=self.problem.account.spent,
+            stop_reason=self._stop_reason or "budget",
+            history=self.history,
+            replies=self.replies,
+        )
+
+    def _complete_in_time(self) -> Asks:
+        yield from complete(self.problem)
+        return "time"
+
+    def _advance(self, replies: Any) -> list[_Leaf]:
+        """Send the replies; returns the next requests, checked against the budget."""
+        try:
+            self._asked = self._coroutine.send(replies)
+        except StopIteration as stop:
+            self._stop_reason = stop.value or "budget"
+            return []
+        self._open = [_Leaf(self, request) for request in _leaves(self._asked)]
+        self._num_open = len(self._open)
+        self._check_affordable()
+        if not self._open:  # an empty gather: nothing to wait for
+            return self._advance(_fold(self._asked, iter(())))
+        return self._open
+
+    def _check_affordable(self) -> None:
+        nfe = values = rewards = 0
+        for leaf in self._open:
+            request = leaf.request
+            if isinstance(request, Denoise):
+                nfe += len(request.handles)
+            elif isinstance(request, Value):
+                values += len(request.handles)
+            elif isinstance(request, Reward):
+                rewards += len(request.handles)
+        account = self.problem.account
+        if (nfe or values or rewards) and not account.affords(
+            account.price(nfe=nfe, values=values, rewards=rewards)
+        ):
+            raise SearchError(
+                f"strategy {self._name!r} asks for {nfe} NFE, {values} values and {rewards} "
+                f"rewards on image {self.problem.index}, which has spent {account.spent.nfe} NFE of "
+                f"{account.budget}; ask account.affords() first.",
+            )
+
+    def _keep(self, handles: npt.NDArray[np.int64], rewards: Iterable[float], nfe: int) -> None:
+        for handle, reward in zip(handles.tolist(), rewards, strict=True):
+            sample = Finished(self.problem.tree.node_of(handle), handle, float(reward), nfe)
+            self.finished.append(sample)
+            if self.best_reward is None or sample.reward > self.best_reward:
+                self.best_reward = sample.reward
+                self.history.append((nfe, sample.reward))
+
+
+class _Queue:
+    """Pending requests of all images, by kind."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+        self._leaves: dict[type[Request], list[_Leaf]] = {
+            kind: [] for kind in (*_CHEAP, *_EXPENSIVE)
+        }
+        self._num_samples = dict.fromkeys(_EXPENSIVE, 0)
+
+    def add(self, leaves: Iterable[_Leaf]) -> None:
+        """Append pending requests."""
+        for leaf in leaves:
+            kind = type(leaf.request)
+            self._leaves[kind].append(leaf)
+            if kind in self._num_samples:
+                self._num_samples[kind] += _size(leaf.request)
+
+    def clear(self) -> None:
+        """Forget all pending requests."""
+        for kind in self._leaves:
+            self._leaves[kind] = []
+        self._num_samples = dict.fromkeys(_EXPENSIVE, 0)
+
+    def next_kind(self) -> type[Request] | None:
+        """Kind to answer now: any cheap one, else the expensive one with the most samples."""
+        for kind in _CHEAP:
+            if self._leaves[kind]:
+                return kind
+        kind = max(_EXPENSIVE, key=lambda kind: self._num_samples[kind])
+        if self._leaves[kind]:
+            return kind
+        return next((kind for kind in _EXPENSIVE if self._leaves[kind]), None)
+
+    def answer(self, kind: type[Request]) -> int:
+        """Answer all pending requests of a kind in one call; returns the number of samples."""
+        leaves = self._leaves[kind]
+        self._leaves[kind] = []
+        if kind in self._num_samples:
+            self._num_samples[kind] = 0
+        sizes = [_size(leaf.request) for leaf in leaves]
+        result = _CALLS[kind](self._environment, leaves, sizes)
+        offset = 0
+        for leaf, size in zip(leaves, sizes, strict=True):
+            part = None if result is None else result[offset : offset + size]
+            offset += size
+            self.add(leaf.image.take(leaf, part))
+        return offset
+
+
+def _handles_of(leaves: Sequence[_Leaf]) -> npt.NDArray[np.int64]:
+    """Handles that requests of one kind name, in one array."""
+    return np.concatenate([np.asarray(leaf.request.handles, dtype=np.int64) for leaf in leaves])
+
+
+def _call_reset(
+    environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]
+) -> npt.NDArray[np.int64]:
+    indices = [leaf.image.problem.index for leaf in leaves]
+    seeds = np.concatenate([leaf.request.seeds for leaf in leaves])
+    return environment.reset(np.repeat(np.array(indices, dtype=np.int64), sizes), seeds)
+
+
+def _call_step(
+    environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]
+) -> npt.NDArray[np.int64]:
+    del sizes
+    requests: list[Step] = [leaf.request for leaf in leaves]
+    actions: list[Action] = [action for request in requests for action in request.actions]
+    return environment.step(
+        np.concatenate([request.parents for request in requests]),
+        actions,
+        np.concatenate([request.seeds for request in requests]),
+    )
+
+
+def _call_renoise(
+    environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]
+) -> npt.NDArray[np.int64]:
+    requests: list[Renoise] = [leaf.request for leaf in leaves]
+    starts = np.cumsum([0, *sizes])
+    handles = np.empty(starts[-1], dtype=np.int64)
+    for step_index in sorted({request.step_index for request in requests}):
+        chosen = [i for i, request in enumerate(requests) if request.step_index == step_index]
+        made = environment.renoise(
+            np.concatenate([requests[i].handles for i in chosen]),
+            step_index,
+            np.concatenate([requests[i].seeds for i in chosen]),
+        )
+        where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
+        handles[where] = made
+    return handles
+
+
+def _call_denoise(environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]) -> None:
+    del sizes
+    environment.denoise(_handles_of(leaves))
+
+
+def _call_value(
+    environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]
+) -> npt.NDArray[np.float64]:
+    del sizes
+    return environment.value(_handles_of(leaves))
+
+
+def _call_reward(
+    environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]
+) -> npt.NDArray[np.float64]:
+    del sizes
+    return environment.reward(_handles_of(leaves))
+
+
+def _call_release(environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]) -> None:
+    del sizes
+    environment.release(_handles_of(leaves))
+
+
+_CALLS: Final[dict[type[Request], Callable[[Environment, Sequence[_Leaf], Sequence[int]], Any]]] = {
+    Release: _call_release,
+    Reset: _call_reset,
+    Step: _call_step,
+    Renoise: _call_renoise,
+    Denoise: _call_denoise,
+    Value: _call_value,
+    Reward: _call_reward,
+}

@@ -1,0 +1,131 @@
+"""Beam: at every step keep the best of several children by the value of their denoised estimate.
+
+With one kept state and one step a block this is SVDD (Li et al., 2024, arXiv 2408.08252) in its
+greedy limit; with longer blocks it is CoDe (Singh et al., 2025, arXiv 2502.00968).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from mctd_diffusers.errors import BudgetError, ConfigError
+from mctd_diffusers.search.budget import UNLIMITED
+from mctd_diffusers.search.environment import Asks
+from mctd_diffusers.search.moves import denoise, draw, reward, step, value
+from mctd_diffusers.search.problem import Problem
+from mctd_diffusers.search.strides import constant_strides
+
+_DEFAULT_CANDIDATES = 4  # without a bound on NFE; methods.md F.3: 2 to 4 stay on the manifold
+
+
+@dataclass(frozen=True)
+class Beam:
+    """Greedy selection among children, in passes from a new initial noise each.
+
+    Attributes:
+        candidates: children of each kept state in a block; ``None``: as many as one pass can pay
+            for (with the brake: as few passes as it allows).
+        width: states kept at each level.
+        stride: schedule steps that an edge crosses.
+        block: edges between two selections.
+        branch_eta: share of fresh noise on the edges that branch, 0 to 1.
+        brake_nats: bound on the summed log of candidates along a path, which keeps selection on the
+            data manifold; it applies where ``candidates`` is ``None``.
+    """
+
+    candidates: int | None = None
+    width: int = 1
+    stride: int = 1
+    block: int = 1
+    branch_eta: float = 1.0
+    brake_nats: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "width", "stride", "block"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} is {number!r}; give at least 1.")
+        if not 0 <= self.branch_eta <= 1:
+            raise ConfigError(f"branch_eta is {self.branch_eta!r}; give a share from 0 to 1.")
+        if self.brake_nats < 0:
+            raise ConfigError(f"brake_nats is {self.brake_nats!r}; give nats of at least 0.")
+
+    @property
+    def name(self) -> str:
+        """Its name in the table of strategies."""
+        return "beam"
+
+    def least_nfe(self, num_steps: int) -> int:
+        """One pass with the candidates asked for, or with one."""
+        return self._pass_nfe(num_steps, self.candidates or 1)
+
+    def search(self, problem: Problem) -> Asks:
+        """Passes until the budget pays for none."""
+        candidates = self._pass_candidates(problem)
+        if candidates is None:
+            least = self._pass_nfe(problem.num_steps, self.candidates or 1)
+            raise BudgetError(
+                f"{problem.budget} cannot pay for one pass of the beam with its {least} valued "
+                f"evaluations over {problem.num_steps} steps; raise the budget, or use fewer "
+                "candidates, steps or a longer stride."
+            )
+        while candidates is not None:
+            yield from self._one_pass(problem, candidates)
+            candidates = self._pass_candidates(problem)
+        return "budget"
+
+    def _one_pass(self, problem: Problem, candidates: int) -> Asks:
+        """From initial noise to finished samples, keeping the best ``width`` after each block."""
+        strides = constant_strides(problem.num_steps, self.stride)
+        kept = yield from draw(problem, self.width)
+        yield from denoise(problem, kept)
+        for first in range(0, len(strides), self.block):
+            block = strides[first : first + self.block]
+            is_last_edge = first == len(strides) - 1
+            nodes = kept if is_last_edge else [node for node in kept for _ in range(candidates)]
+            for offset, stride in enumerate(block):
+                eta = None if first + offset == len(strides) - 1 else self.branch_eta
+                nodes = yield from step(problem, nodes, stride=stride, eta=eta)
+                if first + offset < len(strides) - 1:
+                    yield from denoise(problem, nodes)
+            if first + self.block >= len(strides):
+                yield from reward(problem, nodes)
+            else:
+                values = yield from value(problem, nodes)
+                order = np.argsort(-values, kind="stable")[: self.width]
+                kept = [nodes[i] for i in order]
+
+    def _pass_nfe(self, num_steps: int, candidates: int) -> int:
+        """Evaluations of one pass: the draws, and all candidates at each level but the finished."""
+        num_edges = len(constant_strides(num_steps, self.stride))
+        return self.width + (num_edges - 1) * self.width * candidates
+
+    def _pass_candidates(self, problem: Problem) -> int | None:
+        """Candidates of the next pass, as paid for and braked; ``None`` if no pass is."""
+        num_edges = len(constant_strides(problem.num_steps, self.stride))
+        num_selections = math.ceil(num_edges / self.block) - 1
+        account = problem.account
+
+        def affords(candidates: int) -> bool:
+            nfe = self._pass_nfe(problem.num_steps, candidates)
+            last_block = num_edges - num_selections * self.block
+            finished = self.width * (candidates if last_block > 1 else 1)
+            values = self.width * candidates * num_selections
+            return account.affords(account.price(nfe=nfe, values=values, rewards=finished))
+
+        if self.candidates is not None:
+            return self.candidates if affords(self.candidates) else None
+        if num_edges == 1:
+            return 1 if affords(1) else None
+        most = math.exp(min(self.brake_nats / max(num_selections, 1), 20.0))
+        if account.nfe_left == UNLIMITED:
+            return max(1, min(int(most), _DEFAULT_CANDIDATES))
+        paid = (account.nfe_left / self.width - 1) / (num_edges - 1)
+        passes = math.ceil(paid / most) if paid > most else 1
+        candidates = max(1, min(int(paid / passes), int(most)))
+        while candidates and not affords(candidates):
+            candidates -= 1
+        return candidates or None

@@ -1,0 +1,458 @@
+"""The search tree of one image: a struct of growable arrays that only this module writes.
+
+Row 0 is ``ROOT``: the problem itself, before any noise is drawn. (This departs from the glossary's
+'row of the initial noise': a search draws several initial noises, and they are the root's
+children.) Rows are appended in the order of expansion, so an index is also a date and a parent
+comes before its children. Latents are never here: the column ``handle`` names them in the
+environment.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from mctd_diffusers.errors import CapacityError
+from mctd_diffusers.search.environment import FIRST_DRAW
+from mctd_diffusers.search.seeding import child_seed
+
+ROOT: Final = 0
+"""Row of the problem itself (or of the node that a tree was re-rooted at)."""
+NO_PARENT: Final = -1
+NO_HANDLE: Final = -1
+NO_STEP: Final = -1
+"""``step_index`` of the root: nothing is drawn yet."""
+DRAW: Final = 1
+"""Move of an edge from the root to an initial noise."""
+STEP: Final = 2
+"""Move of an edge that crosses ``stride`` steps of the schedule."""
+RENOISE: Final = 3
+"""Move of an edge back up the schedule, from the denoised estimate."""
+
+Nodes: TypeAlias = npt.NDArray[np.int64]
+
+_COLUMNS: Final[dict[str, tuple[type[Any], Any]]] = {
+    "parent": (np.int64, NO_PARENT),
+    "handle": (np.int64, NO_HANDLE),
+    "step_index": (np.int64, NO_STEP),
+    "stride": (np.int64, 0),
+    "eta": (np.float64, np.nan),
+    "seed": (np.int64, 0),
+    "move": (np.int64, 0),
+    "depth": (np.int64, 0),
+    "visit_count": (np.int64, 0),
+    "in_flight": (np.int64, 0),
+    "total_value": (np.float64, 0.0),
+    "max_value": (np.float64, -np.inf),
+    "value": (np.float64, np.nan),
+    "reward": (np.float64, np.nan),
+    "evaluated": (np.bool_, False),
+    "live": (np.bool_, True),
+}
+
+
+class Tree:
+    """One image's search tree.
+
+    ============== ======= ==================================================================
+    column         dtype   meaning
+    ============== ======= ==================================================================
+    parent         int64   row of the parent; ``NO_PARENT`` for the root
+    handle         int64   the environment's id of the sample; ``NO_HANDLE`` for the root
+    step_index     int64   position in the schedule, 0 is noisiest; ``NO_STEP`` for the root
+    stride         int64   schedule steps that the edge to this node crosses; 0 if not a step
+    eta            float64 share of fresh noise on that edge; NaN: as the user's own scheduler
+    seed           int64   seed of that edge; ``FIRST_DRAW`` for the noise that came along
+    move           int64   ``DRAW``, ``STEP`` or ``RENOISE``; 0 for the root
+    depth          int64   edges from the root
+    visit_count    int64   backups through this node
+    in_flight      int64   virtual visits: simulations under way through this node
+    total_value    float64 sum of the values backed up through this node, reward units
+    max_value      float64 greatest of them; ``-inf`` until the first
+    value          float64 the node's own estimate by its denoised estimate; NaN until valued
+    reward         float64 score of a finished sample; NaN until it is scored
+    evaluated      bool    its one network call is made
+    live           bool    False once pruned: its sample is released, it cannot be resumed
+    ============== ======= ==================================================================
+
+    The columns are read-only views of the used rows; a view taken before an expansion keeps its
+    length. Only the functions of this module write.
+
+    Args:
+        root_seed: seed from which all edge seeds derive, 0 to 2**63 - 1.
+    """
+
+    def __init__(self, root_seed: int) -> None:
+        self.root_seed = root_seed
+        self.num_nodes = 0
+        self._capacity = 64
+        for name, (dtype, fill) in _COLUMNS.items():
+            setattr(self, f"_{name}", np.full(self._capacity, fill, dtype=dtype))
+        self._children: list[list[int]] = []
+        self._node_of: dict[int, int] = {}
+        self._issued: dict[tuple[int, int, int], int] = {}
+        _append(self, NO_PARENT, seed=root_seed)
+
+    # One declaration a column, so that readers and type checkers find them.
+    _parent: npt.NDArray[np.int64]
+    _handle: npt.NDArray[np.int64]
+    _step_index: npt.NDArray[np.int64]
+    _stride: npt.NDArray[np.int64]
+    _eta: npt.NDArray[np.float64]
+    _seed: npt.NDArray[np.int64]
+    _move: npt.NDArray[np.int64]
+    _depth: npt.NDArray[np.int64]
+    _visit_count: npt.NDArray[np.int64]
+    _in_flight: npt.NDArray[np.int64]
+    _total_value: npt.NDArray[np.float64]
+    _max_value: npt.NDArray[np.float64]
+    _value: npt.NDArray[np.float64]
+    _reward: npt.NDArray[np.float64]
+    _evaluated: npt.NDArray[np.bool_]
+    _live: npt.NDArray[np.bool_]
+
+    def _used(self, column: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        view = column[: self.num_nodes]
+        view.flags.writeable = False
+        return view
+
+    @property
+    def parent(self) -> npt.NDArray[np.int64]:
+        """``[num_nodes]`` rows of the parents; ``NO_PARENT`` for the root."""
+        return self._used(self._parent)
+
+    @property
+    def handle(self) -> npt.NDArray[np.int64]:
+        """``[num_nodes]`` the environment's ids; ``NO_HANDLE`` for the root."""
+        return self._used(self._handle)
+
+    @property
+    def step_index(self) -> npt.NDArray[np.int64]:
+        """``[num_nodes]`` positions in the schedule, 0 is noisiest; ``NO_STEP`` for the root."""
+        return self._used(self._step_index)
+
+    @property
+    def stride(self) -> npt.NDArray[np.int64]:
+        """``[num_nodes]`` schedule steps crossed by the edge to each node; 0 if it is no step."""
+        return self._used(self._stride)
+
+    @property
+    def eta(self) -> npt.NDArray[np.float64]:
+        """``[num_nodes]`` share of fresh noise of the edges; NaN: as the user's own scheduler."""
+        return self._used(self._eta)
+
+    @property
+    def seed(self) -> npt.NDArray[np.int64]:
+        """``[num_nodes]`` seeds of the edges; ``FIRST_DRAW`` for the noise that came along."""
+        return self._used(self._seed)
+
+    @property
+    def move(self) -> npt.NDArray[np.int64]:
+        """``[num_nodes]`` ``DRAW``, ``STEP`` or ``RENOISE``; 0 for the root."""
+        return self._used(self._move)
+
+    @property
+    def depth(self) -> npt.NDArray[np.int64]:
+        """``[num_nodes]`` edges from the root."""
+        return self._used(self._depth)
+
+    @property
+    def visit_count(self) -> npt.NDArray[np.int64]:
+        """``[num_nodes]`` backups through each node."""
+        return self._used(self._visit_count)
+
+    @property
+    def in_flight(self) -> npt.NDArray[np.int64]:
+        """``[num_nodes]`` virtual visits: simulations under way through each node."""
+        return self._used(self._in_flight)
+
+    @property
+    def total_value(self) -> npt.NDArray[np.float64]:
+        """``[num_nodes]`` sums of the values backed up, in reward units."""
+        return self._used(self._total_value)
+
+    @property
+    def max_value(self) -> npt.NDArray[np.float64]:
+        """``[num_nodes]`` greatest value backed up; ``-inf`` until the first."""
+        return self._used(self._max_value)
+
+    @property
+    def value(self) -> npt.NDArray[np.float64]:
+        """``[num_nodes]`` own estimates in reward units; NaN until valued."""
+        return self._used(self._value)
+
+    @property
+    def reward(self) -> npt.NDArray[np.float64]:
+        """``[num_nodes]`` scores of finished samples; NaN until scored."""
+        return self._used(self._reward)
+
+    @property
+    def evaluated(self) -> npt.NDArray[np.bool_]:
+        """``[num_nodes]`` whether the node's one network call is made."""
+        return self._used(self._evaluated)
+
+    @property
+    def live(self) -> npt.NDArray[np.bool_]:
+        """``[num_nodes]`` False once pruned."""
+        return self._used(self._live)
+
+    def children(self, node: int) -> tuple[int, ...]:
+        """Rows of a node's children, in the order of their expansion."""
+        self._check(node)
+        return tuple(self._children[node])
+
+    def node_of(self, handle: int) -> int:
+        """Row of the node that has ``handle``.
+
+        Raises:
+            CapacityError: no node has it.
+        """
+        try:
+            return self._node_of[handle]
+        except KeyError:
+            raise CapacityError(
+                f"handle {handle} has no node in a tree of {self.num_nodes} nodes; "
+                "add_child it before asking for its value or reward.",
+                handles=[handle],
+            ) from None
+
+    def copy(self) -> Tree:
+        """Independent copy, for tests."""
+        return from_json(to_json(self))
+
+    def _check(self, node: int) -> None:
+        if not 0 <= node < self.num_nodes:
+            raise CapacityError(
+                f"node {node} does not exist in a tree of {self.num_nodes} nodes; "
+                f"name a row from 0 to {self.num_nodes - 1}."
+            )
+
+
+def _append(tree: Tree, parent: int, **entries: Any) -> int:
+    """Append a row of defaults and ``entries``; returns its index."""
+    node = tree.num_nodes
+    if node == tree._capacity:
+        tree._capacity *= 2
+        for name, (dtype, fill) in _COLUMNS.items():
+            grown = np.full(tree._capacity, fill, dtype=dtype)
+            grown[:node] = getattr(tree, f"_{name}")
+            setattr(tree, f"_{name}", grown)
+    tree._parent[node] = parent
+    for name, entry in entries.items():
+        getattr(tree, f"_{name}")[node] = entry
+    tree._children.append([])
+    if parent != NO_PARENT:
+        tree._children[parent].append(node)
+    tree.num_nodes += 1
+    return node
+
+
+def add_child(
+    tree: Tree,
+    parent: int,
+    *,
+    handle: int,
+    step_index: int,
+    move: int,
+    stride: int,
+    eta: float | None,
+    seed: int,
+) -> int:
+    """Expand ``parent`` by one lazy child; its columns are those of :class:`Tree`.
+
+    Returns:
+        The row of the child.
+
+    Raises:
+        CapacityError: ``parent`` does not exist, or ``handle`` already has a node.
+    """
+    tree._check(parent)
+    if handle in tree._node_of:
+        raise CapacityError(
+            f"handle {handle} is already node {tree._node_of[handle]}; handles are never reused.",
+            handles=[handle],
+        )
+    node = _append(
+        tree,
+        parent,
+        handle=handle,
+        step_index=step_index,
+        move=move,
+        stride=stride,
+        eta=np.nan if eta is None else eta,
+        seed=seed,
+        depth=tree._depth[parent] + 1,
+    )
+    tree._node_of[handle] = node
+    return node
+
+
+def issue_seeds(tree: Tree, parent: int, *, move: int, stride: int, count: int) -> list[int]:
+    """Seeds for ``count`` new edges below ``parent``, each given out once.
+
+    The ordinal of an edge counts the seeds given out before for the same parent, move and stride,
+    so an edge's noise is decided by its path alone, whatever the wave it rides in; edges that are
+    under way side by side never share a seed.
+
+    Returns:
+        The seeds; the root's first draw is ``FIRST_DRAW``, the noise that came with the problem.
+    """
+    tree._check(parent)
+    key = (parent, move, stride)
+    first = tree._issued.get(key, 0)
+    tree._issued[key] = first + count
+    base = int(tree._seed[parent])
+    if base == FIRST_DRAW:
+        base = child_seed(tree.root_seed, DRAW, 0, 0)
+    return [
+        FIRST_DRAW if move == DRAW and ordinal == 0 else child_seed(base, move, stride, ordinal)
+        for ordinal in range(first, first + count)
+    ]
+
+
+def record_evaluated(tree: Tree, handles: Iterable[int]) -> None:
+    """Note that the network calls of these samples are made."""
+    for handle in handles:
+        tree._evaluated[tree.node_of(int(handle))] = True
+
+
+def record_values(tree: Tree, handles: Iterable[int], values: Iterable[float]) -> None:
+    """Note the estimates of unfinished samples."""
+    for handle, value in zip(handles, values, strict=True):
+        tree._value[tree.node_of(int(handle))] = value
+
+
+def record_rewards(tree: Tree, handles: Iterable[int], rewards: Iterable[float]) -> None:
+    """Note the scores of finished samples."""
+    for handle, reward in zip(handles, rewards, strict=True):
+        tree._reward[tree.node_of(int(handle))] = reward
+
+
+def backup(tree: Tree, node: int, value: float) -> None:
+    """Add one visit and ``value`` (reward units) to every node from ``node`` to the root."""
+    path = path_to_root(tree, node)
+    tree._visit_count[path] += 1
+    tree._total_value[path] += value
+    tree._max_value[path] = np.maximum(tree._max_value[path], value)
+
+
+def add_virtual_visit(tree: Tree, node: int) -> None:
+    """Count a simulation that is under way, from ``node`` to the root, inclusive."""
+    tree._in_flight[path_to_root(tree, node)] += 1
+
+
+def settle(tree: Tree, node: int) -> None:
+    """Take back one :func:`add_virtual_visit` at ``node``: its simulation is over."""
+    path = path_to_root(tree, node)
+    assert bool((tree._in_flight[path] > 0).all()), f"no virtual visit to settle at node {node}"
+    tree._in_flight[path] -= 1
+
+
+def path_to_root(tree: Tree, node: int) -> list[int]:
+    """Rows from ``node`` (first) to the root (last)."""
+    tree._check(node)
+    path = []
+    parent = tree._parent
+    while node != NO_PARENT:
+        path.append(node)
+        node = int(parent[node])
+    return path
+
+
+def subtree(tree: Tree, node: int) -> Nodes:
+    """Rows of ``node`` and all its descendants, in the order of their expansion."""
+    tree._check(node)
+    inside = np.zeros(tree.num_nodes, dtype=np.bool_)
+    inside[node] = True
+    for row in range(node + 1, tree.num_nodes):  # a parent comes before its children
+        inside[row] = inside[tree._parent[row]]
+    return np.flatnonzero(inside)
+
+
+def reroot(tree: Tree, node: int) -> Tree:
+    """New tree that holds ``node`` as its root and everything below it; handles and seeds are kept.
+
+    Re-rooting at the root is the identity.
+    """
+    rows = subtree(tree, node)
+    new_row = {int(old): new for new, old in enumerate(rows)}
+    columns = {name: getattr(tree, f"_{name}")[rows] for name in _COLUMNS}
+    columns["parent"] = np.array([new_row.get(int(old), NO_PARENT) for old in columns["parent"]])
+    columns["parent"][0] = NO_PARENT
+    columns["depth"] = columns["depth"] - columns["depth"][0]
+    issued = {
+        (new_row[parent], move, stride): count
+        for (parent, move, stride), count in tree._issued.items()
+        if parent in new_row
+    }
+    return _from_columns(tree.root_seed, columns, issued)
+
+
+def prune(tree: Tree, node: int) -> list[int]:
+    """Mark ``node`` and its descendants as no longer live.
+
+    Returns:
+        Handles of those that were live until now, to be released.
+    """
+    rows = [int(row) for row in subtree(tree, node) if tree._live[row]]
+    tree._live[rows] = False
+    return [int(tree._handle[row]) for row in rows if tree._handle[row] != NO_HANDLE]
+
+
+def to_json(tree: Tree) -> str:
+    """The whole tree as JSON text: root seed, columns (NaN as null), and the seeds given out."""
+    columns = {name: _plain(getattr(tree, name)) for name in _COLUMNS}
+    issued = [[*key, count] for key, count in sorted(tree._issued.items())]
+    return json.dumps({"root_seed": tree.root_seed, "issued": issued, "columns": columns})
+
+
+def from_json(text: str) -> Tree:
+    """The tree that :func:`to_json` wrote."""
+    saved = json.loads(text)
+    columns = {}
+    for name, (dtype, _) in _COLUMNS.items():
+        entries = [_number(entry) for entry in saved["columns"][name]]
+        columns[name] = np.array(entries, dtype=dtype)
+    issued = {(parent, move, stride): count for parent, move, stride, count in saved["issued"]}
+    return _from_columns(saved["root_seed"], columns, issued)
+
+
+def _from_columns(
+    root_seed: int, columns: dict[str, npt.NDArray[Any]], issued: dict[tuple[int, int, int], int]
+) -> Tree:
+    tree = Tree(root_seed)
+    tree.num_nodes = len(columns["parent"])
+    tree._capacity = max(64, tree.num_nodes)
+    for name, (dtype, fill) in _COLUMNS.items():
+        column = np.full(tree._capacity, fill, dtype=dtype)
+        column[: tree.num_nodes] = columns[name]
+        setattr(tree, f"_{name}", column)
+    tree._children = [[] for _ in range(tree.num_nodes)]
+    for node in range(1, tree.num_nodes):
+        tree._children[tree._parent[node]].append(node)
+    tree._node_of = {
+        int(handle): node for node, handle in enumerate(tree.handle) if handle != NO_HANDLE
+    }
+    tree._issued = dict(issued)
+    return tree
+
+
+def _plain(column: npt.NDArray[Any]) -> Sequence[Any]:
+    """Python numbers; NaN becomes ``None`` and infinities their names, since JSON has neither."""
+    return [
+        (None if np.isnan(entry) else str(entry))
+        if isinstance(entry, float) and not np.isfinite(entry)
+        else entry
+        for entry in column.tolist()
+    ]
+
+
+def _number(entry: Any) -> Any:
+    """Reverse of :func:`_plain` for one entry."""
+    if entry is None:
+        return np.nan
+    return float(entry) if isinstance(entry, str) else entry
