@@ -257,8 +257,12 @@ class ClipReward:
     def to(self, device: torch.device | str) -> ClipReward:
         """Move the model to a device and return the reward itself."""
         self.model.to(device)
-        self._text_embeddings.clear()
+        self.forget_prompts()
         return self
+
+    def forget_prompts(self) -> None:
+        """Forget the embeddings of prompts; needed after the model's weights have changed."""
+        self._text_embeddings.clear()
 
     @torch.no_grad()
     def image_embeddings(
