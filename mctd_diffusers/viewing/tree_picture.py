@@ -142,8 +142,8 @@ def draw_tree(
         num_steps: steps of the schedule; a node there is finished.
         title: usually the prompt.
         subtitle: usually the name of the search and what it spent.
-        previews: pictures of the denoised estimate, by step index of the winner's path; as many as
-            fit are drawn above their step.
+        previews: pictures by node of the winner's path: its denoised estimates, and the finished
+            sample; as many as fit are drawn above their step.
 
     Returns:
         A figure without a window; ``figure.savefig(path)`` writes it.
@@ -197,11 +197,11 @@ def _thumbnails(
     previews: Mapping[int, Image.Image],
 ) -> dict[int, Image.Image]:
     """Picks the pictures that fit side by side, by node."""
-    shown = [node for node in path if int(column[node]) in previews]
+    shown = [node for node in path if node in previews]
     if not shown:
         return {}
     wide = (1.3 + 1.095 * num_steps) / (_MOST_THUMBNAILS + 0.6)
-    return {node: previews[int(column[node])] for node in _thumbnail_nodes(shown, column, wide)}
+    return {node: previews[node] for node in _thumbnail_nodes(shown, column, wide)}
 
 
 def _thumbnail_label(step_index: int, num_steps: int, score: float) -> str:

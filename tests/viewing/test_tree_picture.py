@@ -91,7 +91,8 @@ def test_no_two_lines_of_descent_share_a_place(
 @pytest.mark.parametrize("with_previews", [True, False])
 def test_a_tree_is_drawn(tmp_path: Path, with_previews: bool) -> None:
     tree, winner = chains(3, 16)
-    previews = {step: Image.new("RGB", (8, 8), (9 * step, 0, 0)) for step in range(17)}
+    path = trees.path_to_root(tree, winner)
+    previews = {node: Image.new("RGB", (8, 8), (node, 0, 0)) for node in path[:-1]}
     figure = draw_tree(
         tree,
         winner=winner,
