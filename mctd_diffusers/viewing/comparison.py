@@ -1,0 +1,332 @@
+"""Searches side by side on the same prompts: samples, scores, trees and what they cost, as files."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from mctd_diffusers.pipeline import MCTDPipeline
+from mctd_diffusers.results import ImageSearch, save_image_with_recipe
+from mctd_diffusers.rewards.calls import call_reward, to_pil
+from mctd_diffusers.search.environment import Ledger, Prices
+from mctd_diffusers.search.tree import path_to_root
+from mctd_diffusers.viewing.sheets import Cell, comparison_sheet
+from mctd_diffusers.viewing.tree_picture import draw_tree
+
+
+class Gold(NamedTuple):
+    """What a held-out judge says of one picture.
+
+    Attributes:
+        gold: mean probability of the prompt's facts.
+        all_right: every fact is more probable than not.
+    """
+
+    gold: float
+    all_right: bool
+
+
+@runtime_checkable
+class GoldFn(Protocol):
+    """Judges pictures; ``None`` for a prompt that the judge cannot read."""
+
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
+    ) -> Sequence[Gold | None]:
+        """Judge pictures in [0, 1], one prompt each."""
+        ...
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one search made of all prompts; the lists hold an entry for each image.
+
+    Args:
+        label: name of the search.
+        images: the samples; ``None`` where a stopped search had not finished one.
+        rewards: by the reward that was searched, ``None`` where there is none.
+        nfe: evaluations spent.
+        gold: by the judge, ``None`` where it cannot say.
+        search: what each search found; ``None`` for the stock pipeline.
+        ledger: what the whole call spent; ``None`` for the stock pipeline.
+        seconds: wall-clock seconds of the call.
+    """
+
+    label: str
+    images: list[Image.Image | None]
+    rewards: list[float | None]
+    nfe: list[int]
+    gold: list[Gold | None]
+    search: list[ImageSearch] | None
+    ledger: Ledger | None
+    seconds: float
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether Ctrl-C ended a search."""
+        return any(found.stop_reason == "interrupted" for found in self.search or [])
+
+
+def make_column(
+    pipe: MCTDPipeline,
+    prompts: Sequence[str],
+    label: str,
+    search: Any,
+    *,
+    seed: int,
+    call: dict[str, Any],
+    judge: GoldFn | None = None,
+) -> Column:
+    """Search with one method; the stock pipeline where ``search`` is ``None``.
+
+    Args:
+        pipe: with its reward; without one only the stock pipeline draws.
+        prompts: one for each image.
+        label: name of the search.
+        search: as the pipeline takes it.
+        seed: image ``i`` starts from the noise of seed ``seed + i``.
+        call: further arguments of the pipeline's call; budgets are dropped for the stock pipeline.
+        judge: scores the samples; no search sees it.
+    """
+    start = time.monotonic()
+    stock = {name: given for name, given in call.items() if name not in SEARCH_ARGUMENTS}
+    output = pipe(
+        list(prompts),
+        generator=generators(len(prompts), seed),
+        output_type="pt",
+        search=search,
+        **(stock if search is None else call),
+    )
+    images = [None if image is None else image.float().cpu() for image in output.images]
+    finished = [i for i, image in enumerate(images) if image is not None]
+    batch = torch.stack([images[i] for i in finished])  # type: ignore[misc]  # none is None
+    read = [prompts[i] for i in finished]
+    rewards = output.rewards or [None] * len(prompts)
+    if search is None and pipe.reward_model is not None:
+        rewards = call_reward(pipe.reward_model, batch, read, range(len(read))).tolist()
+    judged = iter(judge(batch, read) if judge else [None] * len(read))
+    pictures = iter(to_pil(batch))
+    return Column(
+        label=label,
+        images=[None if image is None else next(pictures) for image in images],
+        rewards=list(rewards),
+        nfe=list(output.nfe or [0] * len(prompts)),
+        gold=[None if image is None else next(judged) for image in images],
+        search=output.search,
+        ledger=output.ledger,
+        seconds=time.monotonic() - start,
+    )
+
+
+SEARCH_ARGUMENTS = (
+    "compute",
+    "nfe_budget",
+    "cost_budget",
+    "time_budget_s",
+    "search_scheduler",
+    "rows_per_call",
+    "include_plain",
+)
+"""Arguments of a call that the stock pipeline does not know."""
+
+
+def generators(count: int, seed: int) -> list[torch.Generator]:
+    """One generator an image, so that an image does not depend on the others of its call."""
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def tree_figure(pipe: MCTDPipeline, found: ImageSearch, prompt: str) -> Figure:
+    """Draws the tree of one image, with the denoised estimates along the winner's path.
+
+    Replaying the winner for them costs what its ancestry cost.
+
+    Raises:
+        ConfigError: there is no winner.
+    """
+    replay = pipe.replay(found.recipe, previews=True)
+    assert found.winner is not None
+    tree, winner = found.winner_tree, found.winner.node
+    path = path_to_root(tree, winner)[::-1][1:]
+    estimates = [*(replay.previews or []), replay.images[0]]
+    num_finished = len(found.finished)
+    return draw_tree(
+        tree,
+        winner=winner,
+        num_steps=int(tree.step_index[winner]),
+        title=prompt,
+        subtitle=f"{found.result.strategy} · {found.spent.nfe} NFE · {num_finished} finished "
+        f"sample{'s' * (num_finished != 1)}, the best with reward {found.winner.reward:.4g}",
+        previews=dict(zip(path, estimates, strict=True)),
+    )
+
+
+def file_names(prompts: Sequence[str]) -> list[str]:
+    """Gives each image a name without a suffix: its prompt, numbered where that is not enough."""
+    slugs = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] for prompt in prompts]
+    slugs = [slug or "image" for slug in slugs]
+    repeated = {slug for slug in slugs if slugs.count(slug) > 1}
+    counted: dict[str, int] = {}
+    names = []
+    for slug in slugs:
+        counted[slug] = counted.get(slug, -1) + 1
+        names.append(f"{slug}-{counted[slug]}" if slug in repeated else slug)
+    return names
+
+
+def write_comparison(
+    columns: Sequence[Column],
+    prompts: Sequence[str],
+    output: Path,
+    *,
+    pipe: MCTDPipeline,
+    title: str,
+    about: dict[str, Any],
+    prices: Prices,
+    trees: bool = True,
+    on_file: Callable[[Path], None] = lambda _: None,
+) -> None:
+    """Write sheet, pictures with their recipes, trees and ``result.json`` into a folder.
+
+    Args:
+        columns: what each search made.
+        prompts: one for each image, as for the columns.
+        output: an existing folder.
+        pipe: replays the winners for their trees.
+        title: of the sheet.
+        about: settings of the call, for ``result.json``.
+        prices: the measured price list, by which cost is reported.
+        trees: whether to draw the trees.
+        on_file: called for every file when it is there.
+    """
+    names = file_names(prompts)
+    sheet = output / "sheet.png"
+    comparison_picture(columns, prompts, title).save(sheet)
+    on_file(sheet)
+    result = output / "result.json"
+    report = comparison_report(columns, prompts, about, prices)
+    result.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    on_file(result)
+    for column in columns:
+        folder = re.sub(r"[^\w.=-]+", "_", column.label)
+        for i, name in enumerate(names):
+            image = column.images[i]
+            if image is None:
+                continue
+            picture = output / "images" / folder / f"{name}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            if column.search is None:
+                image.save(picture)
+            else:
+                save_image_with_recipe(image, column.search[i].recipe, picture)
+            on_file(picture)
+            if column.search is not None and trees:
+                tree = output / "trees" / folder / f"{name}.png"
+                tree.parent.mkdir(parents=True, exist_ok=True)
+                tree_figure(pipe, column.search[i], prompts[i]).savefig(tree)
+                on_file(tree)
+
+
+def comparison_picture(
+    columns: Sequence[Column], prompts: Sequence[str], title: str
+) -> Image.Image:
+    """Draws the sheet: a row for each prompt, a column for each search."""
+    blank = Image.new("RGB", (64, 64), "#f2f2f2")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        rewards = [column.rewards[i] for column in columns]
+        best = max((reward for reward in rewards if reward is not None), default=None)
+        several = len([reward for reward in rewards if reward is not None]) > 1
+        cells = [
+            Cell(
+                column.images[i] or blank,
+                tuple(_notes(column, i)),
+                is_best=several and best is not None and column.rewards[i] == best,
+            )
+            for column in columns
+        ]
+        rows.append((prompt, cells))
+    heads = []
+    for column in columns:
+        nfe = sum(column.nfe) / max(1, len(column.nfe))
+        about = "stock sampler, " if column.search is None else ""
+        label = "plain" if column.search is None else column.label
+        heads.append((label, f"{about}{nfe:.4g} NFE an image"))
+    footer = "Framed: the highest reward of its row."
+    if any(gold is not None for column in columns for gold in column.gold):
+        footer += " Gold: a judge that no search sees; ✓ every fact of the prompt is right."
+    return comparison_sheet(heads, rows, title=title, footer=footer)
+
+
+def _notes(column: Column, i: int) -> list[str]:
+    if column.images[i] is None:
+        return ["stopped before a sample was finished"]
+    notes = []
+    reward, gold = column.rewards[i], column.gold[i]
+    if reward is not None:
+        notes.append(f"reward {reward:.4g}")
+    if gold is not None:
+        notes.append(f"gold {gold.gold:.2f} {'✓ all right' if gold.all_right else '✗'}")
+    return notes
+
+
+def comparison_report(
+    columns: Sequence[Column], prompts: Sequence[str], about: dict[str, Any], prices: Prices
+) -> dict[str, Any]:
+    """Puts numbers of a comparison into plain data, the ledgers included."""
+    searches = {}
+    for column in columns:
+        images = []
+        for i, prompt in enumerate(prompts):
+            gold = column.gold[i]
+            entry: dict[str, Any] = {"prompt": prompt, "nfe": column.nfe[i]}
+            entry["reward"] = column.rewards[i]
+            if gold is not None:
+                entry |= {"gold": gold.gold, "all_right": gold.all_right}
+            if column.search is not None:
+                found = column.search[i]
+                entry |= {
+                    "cost": prices.cost(found.spent),
+                    "stop_reason": found.stop_reason,
+                    "finished": len(found.finished),
+                    "history": [list(pair) for pair in found.history],
+                }
+            images.append(entry)
+        ledger = None if column.ledger is None else ledger_report(column.ledger, prices)
+        searches[column.label] = {
+            "seconds": column.seconds,
+            "means": {
+                "reward": _mean(column.rewards),
+                "gold": _mean([gold and gold.gold for gold in column.gold]),
+                "all_right": _mean([gold and float(gold.all_right) for gold in column.gold]),
+                "nfe": _mean(column.nfe),
+            },
+            "ledger": ledger,
+            "images": images,
+        }
+    return {**about, "searches": searches}
+
+
+def ledger_report(ledger: Ledger, prices: Prices) -> dict[str, Any]:
+    """Puts a ledger into plain data; cost by ``prices`` in rows of the network."""
+    return {
+        **asdict(ledger.total),
+        "cost": prices.cost(ledger.total),
+        "prices": asdict(prices),
+        "seconds": ledger.seconds,
+    }
+
+
+def _mean(numbers: Sequence[float | None]) -> float | None:
+    known = [number for number in numbers if number is not None]
+    return sum(known) / len(known) if known else None
