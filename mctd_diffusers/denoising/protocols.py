@@ -17,15 +17,29 @@ if TYPE_CHECKING:
 class RewardFn(Protocol):
     """Scores finished images; higher is better.
 
-    A reward takes a batch and answers a batch, is equivariant to the order of the batch and does not
-    look at the rest of it. One that wants ``PIL.Image`` objects instead of tensors has an attribute
-    ``wants_pil = True``.
+    A reward takes a batch and answers a batch, is equivariant to the order of the batch and does
+    not look at the rest of it. One that wants ``PIL.Image`` objects instead of tensors has an
+    attribute ``wants_pil = True``.
     """
 
     def __call__(
         self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
     ) -> Sequence[float] | Float[Tensor, " batch"] | npt.NDArray[np.floating[Any]]:
         """Score ``images`` (RGB in [0, 1]) against ``prompts``; one finite float each."""
+        ...
+
+
+@runtime_checkable
+class CheckedReward(Protocol):
+    """A reward whose every answer is checked: what an environment calls."""
+
+    def __call__(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        prompts: Sequence[str],
+        handles: Sequence[int],
+    ) -> npt.NDArray[np.float64]:
+        """Score ``images``; one finite number each, or an error that carries ``handles``."""
         ...
 
 
@@ -41,6 +55,7 @@ class Outputs(NamedTuple):
     unconditional: Float[Tensor, "batch channels height width"] | None
 
 
+@runtime_checkable
 class Network(Protocol):
     """One call of the pipeline's denoiser, as the family's stock pipeline makes it."""
 
@@ -53,7 +68,7 @@ class Network(Protocol):
         timesteps: Float[Tensor, " batch"] | Tensor,
         problems: Sequence[int],
     ) -> Outputs:
-        """Evaluate scaled model inputs at per-row timesteps, each under its problem's conditioning."""
+        """Evaluate scaled inputs at per-row timesteps, each under its problem's conditioning."""
         ...
 
     def combine(self, outputs: Outputs) -> Float[Tensor, "batch channels height width"]:
@@ -61,6 +76,7 @@ class Network(Protocol):
         ...
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """Latents to images."""
 
@@ -69,6 +85,3 @@ class Decoder(Protocol):
     ) -> Float[Tensor, "batch 3 rows columns"]:
         """Images in [0, 1], as the stock pipeline would hand them to its image processor."""
         ...
-
-
-

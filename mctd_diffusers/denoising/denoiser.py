@@ -1,0 +1,225 @@
+"""Network calls: in chunks of one fixed size, at mixed timesteps, metered; and taps for features.
+
+A network's answer for a row depends, in the last bits, on how many rows stand beside it, but not
+on which. So every call holds exactly ``rows_per_call`` latents, repeated to fill the last chunk:
+then a sample's result depends neither on the wave it rode in nor on the other images.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mctd_diffusers.denoising.protocols import Network, Outputs
+from mctd_diffusers.denoising.stepper import Stepper
+from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.search.environment import Counts, Ledger
+
+
+class Chunk(NamedTuple):
+    """Rows of one call.
+
+    Attributes:
+        rows: the useful rows, as a slice of all.
+        filled: positions within them, repeated to the size of a call.
+    """
+
+    rows: slice
+    filled: list[int]
+
+
+def chunks(rows: int, rows_per_call: int) -> Iterator[Chunk]:
+    """Cut ``rows`` into calls of exactly ``rows_per_call``, the last one filled by repetition."""
+    for start in range(0, rows, rows_per_call):
+        useful = min(rows_per_call, rows - start)
+        yield Chunk(slice(start, start + useful), [row % useful for row in range(rows_per_call)])
+
+
+@contextmanager
+def timed(ledger: Ledger, phase: str, device: torch.device) -> Iterator[None]:
+    """Charge the wall-clock seconds of a block to ``phase``, the device's queue included."""
+    start = time.perf_counter()
+    try:
+        yield
+        synchronize(device)
+    finally:
+        ledger.charge_seconds(phase, time.perf_counter() - start)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for an accelerator to finish what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+class Evaluation(NamedTuple):
+    """What the network says of a batch of samples.
+
+    Attributes:
+        outputs: its answers, guidance kept apart.
+        features: by name of the block, ``[batch, channels]``; empty without a tap.
+    """
+
+    outputs: Outputs
+    features: dict[str, Float[Tensor, "batch channels"]]
+
+
+class FeatureTap:
+    """Reads a UNet's mid and down blocks, averaged over space, while it runs.
+
+    A context manager: the hooks stand while it is open, and are gone however it closes. Pooling
+    happens inside the hooks, so the maps themselves are never kept.
+
+    Args:
+        unet: has ``down_blocks`` and a ``mid_block``, as the UNets of diffusers.
+        rows_per_latent: rows of one latent in a call. With 2 (guidance) the batch is the
+            unconditional half, then the conditional one, as stock pipelines build it, and only the
+            conditional half is read: what the picture is meant to become.
+    """
+
+    def __init__(self, unet: nn.Module, *, rows_per_latent: int = 1) -> None:
+        self._unet: Any = unet
+        self._rows_per_latent = rows_per_latent
+        self._hooks: list[Any] = []
+        self._features: dict[str, Tensor] = {}
+
+    def __enter__(self) -> FeatureTap:
+        blocks = {f"down.{i}": block for i, block in enumerate(self._unet.down_blocks)}
+        blocks["mid"] = self._unet.mid_block
+        for name, block in blocks.items():
+            self._hooks.append(block.register_forward_hook(self._reader(name)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._features.clear()
+
+    def take(self) -> dict[str, Float[Tensor, "batch channels"]]:
+        """The features of the last call, in single precision; empty if there was none."""
+        features, self._features = self._features, {}
+        return features
+
+    def _reader(self, name: str) -> Any:
+        def read(block: nn.Module, inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            conditional = hidden.chunk(self._rows_per_latent)[-1]
+            self._features[name] = conditional.detach().float().mean((2, 3))
+
+        return read
+
+
+class Denoiser:
+    """Evaluates samples at any mix of step indices, in calls of one fixed size.
+
+    Args:
+        network: the pipeline's denoiser.
+        stepper: knows the timesteps and scales the inputs.
+        rows_per_call: latents in every call; with guidance the network gets twice that.
+        ledger: is charged.
+        features: an open tap on the network, or ``None``.
+
+    Raises:
+        ConfigError: ``rows_per_call`` is below 1.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        stepper: Stepper,
+        *,
+        rows_per_call: int,
+        ledger: Ledger,
+        features: FeatureTap | None = None,
+    ) -> None:
+        if rows_per_call < 1:
+            raise ConfigError(f"rows_per_call is {rows_per_call}; choose at least 1.")
+        self.network = network
+        self.stepper = stepper
+        self.rows_per_call = rows_per_call
+        self.ledger = ledger
+        self.features = features
+
+    def __call__(
+        self,
+        latents: Float[Tensor, "batch *sample"],
+        step_indices: Sequence[int],
+        problems: Sequence[int],
+    ) -> Evaluation:
+        """Evaluate samples: 1 NFE each.
+
+        Args:
+            latents: at least one sample, unscaled.
+            step_indices: where each stands.
+            problems: the image of each, whose conditioning and account it is.
+        """
+        rows_per_latent = self.network.rows_per_latent
+        evaluations = []
+        for rows, filled in chunks(len(latents), self.rows_per_call):
+            useful = rows.stop - rows.start
+            with timed(self.ledger, "network", latents.device):
+                evaluation = self._call(
+                    latents[rows][filled],
+                    [step_indices[rows][row] for row in filled],
+                    [problems[rows][row] for row in filled],
+                )
+            evaluations.append(_first(evaluation, useful))
+            self.ledger.charge(problems[rows], Counts(nfe=1, rows=rows_per_latent))
+            padding = (self.rows_per_call - useful) * rows_per_latent
+            self.ledger.charge_shared(Counts(padded_rows=padding, calls=1))
+        return _together(evaluations)
+
+    def _call(
+        self, latents: Tensor, step_indices: Sequence[int], problems: Sequence[int]
+    ) -> Evaluation:
+        inputs = self.stepper.scale_model_input(latents, step_indices)
+        timesteps = self.stepper.timesteps[list(step_indices)].to(latents.device)
+        outputs = self.network(inputs, timesteps, problems)
+        return Evaluation(outputs, self.features.take() if self.features else {})
+
+    def combine(self, outputs: Outputs) -> Float[Tensor, "batch *sample"]:
+        """Guided outputs, in chunks of the same fixed size (guidance may look at whole rows)."""
+        if outputs.unconditional is None:
+            return outputs.conditional
+        parts = []
+        for rows, filled in chunks(len(outputs.conditional), self.rows_per_call):
+            chunk = Outputs(outputs.conditional[rows][filled], outputs.unconditional[rows][filled])
+            parts.append(self.network.combine(chunk)[: rows.stop - rows.start])
+        return torch.cat(parts)
+
+
+def _first(evaluation: Evaluation, rows: int) -> Evaluation:
+    """The evaluation without its padding."""
+    (conditional, unconditional), features = evaluation
+    outputs = Outputs(conditional[:rows], None if unconditional is None else unconditional[:rows])
+    return Evaluation(outputs, {name: feature[:rows] for name, feature in features.items()})
+
+
+def _together(evaluations: Sequence[Evaluation]) -> Evaluation:
+    if len(evaluations) == 1:
+        return evaluations[0]
+    outputs = [evaluation.outputs for evaluation in evaluations]
+    unconditional = [o.unconditional for o in outputs if o.unconditional is not None]
+    return Evaluation(
+        Outputs(
+            torch.cat([o.conditional for o in outputs]),
+            torch.cat(unconditional) if unconditional else None,
+        ),
+        {
+            name: torch.cat([evaluation.features[name] for evaluation in evaluations])
+            for name in evaluations[0].features
+        },
+    )

@@ -1,0 +1,552 @@
+"""The environment of a search over a latent diffusion model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mctd_diffusers.denoising.denoiser import Denoiser, chunks, synchronize, timed
+from mctd_diffusers.denoising.latents import Drawn, Latents, Renoised, Sample, Stepped
+from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, Network, Outputs
+from mctd_diffusers.denoising.stepper import SolverState, Stepper
+from mctd_diffusers.errors import ConfigError, SearchError
+from mctd_diffusers.search.environment import (
+    FIRST_DRAW,
+    Action,
+    Counts,
+    Handles,
+    Ledger,
+    Prices,
+    Seeds,
+    Values,
+)
+
+
+class LatentEnvironment:
+    """Samples of many images, denoised by one network; see `search.environment.Environment`.
+
+    A sample is evaluated once; from that follow, at no further call, its value and every child.
+    Children, initial noise and renoised samples are lazy: they hold no tensor until they are
+    evaluated, scored or exported. Every network, decode and reward call holds exactly
+    ``rows_per_call`` latents, so what a sample becomes depends on its own path alone.
+
+    Args:
+        network: the pipeline's denoiser; knows the conditioning of each problem.
+        stepper: over the prepared scheduler; knows the user's ``eta``.
+        decoder: decodes finished samples.
+        preview: decodes the denoised estimates of unfinished ones; ``None`` uses ``decoder``, and
+            counts it as a full decode.
+        reward: scores pictures, and answers only with finite numbers.
+        prompts: of each problem, for the reward.
+        first_latents: of each problem, as the stock ``prepare_latents`` draws and scales them;
+            their device is where everything runs.
+        rows_per_call: latents in every call.
+        prices: what the ledger reckons its cost by.
+        storage: where tensors wait between calls; by default the device itself.
+
+    Raises:
+        ConfigError: ``rows_per_call`` is below 1, or prompts and first latents differ in number.
+    """
+
+    free_guidance = True
+
+    def __init__(
+        self,
+        *,
+        network: Network,
+        stepper: Stepper,
+        decoder: Decoder,
+        reward: CheckedReward,
+        prompts: Sequence[str],
+        first_latents: Float[Tensor, "problems *sample"],
+        rows_per_call: int,
+        preview: Decoder | None = None,
+        prices: Prices | None = None,
+        storage: torch.device | str | None = None,
+    ) -> None:
+        if len(prompts) != len(first_latents):
+            raise ConfigError(
+                f"there are {len(prompts)} prompts but {len(first_latents)} first latents; "
+                "give one of each for every problem."
+            )
+        self.ledger = Ledger(prices=prices or Prices())
+        self.num_steps = stepper.num_steps
+        self._stepper = stepper
+        self._denoiser = Denoiser(network, stepper, rows_per_call=rows_per_call, ledger=self.ledger)
+        self._decoder = decoder
+        self._preview = preview
+        self._reward = reward
+        self._prompts = list(prompts)
+        self._first_latents = first_latents
+        self._device = first_latents.device
+        self._rows_per_call = rows_per_call
+        self._samples = Latents(self._device, storage)
+
+    def reset(self, problems: Handles, seeds: Seeds) -> Handles:
+        """Draw initial noise, as lazy as a child."""
+        return self._samples.add(
+            Sample(problem, 0, Drawn(seed))
+            for problem, seed in zip(problems.tolist(), seeds.tolist(), strict=True)
+        )
+
+    @torch.no_grad()
+    def denoise(self, handles: Handles) -> None:
+        """Evaluate samples that are not yet evaluated.
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: a sample is finished.
+        """
+        samples = self._samples[handles]
+        self._refuse(
+            handles,
+            [sample.step_index == self.num_steps for sample in samples],
+            "is finished, and there is nothing to evaluate; ask for its reward.",
+        )
+        fresh = [sample for sample in dict.fromkeys(samples) if sample.outputs is None]
+        if not fresh:
+            return
+        self._make(fresh)
+        outputs, _ = self._denoiser(
+            self._latents_of(fresh),
+            [sample.step_index for sample in fresh],
+            [sample.problem for sample in fresh],
+        )
+        unconditional = outputs.unconditional
+        for sample, row, without in zip(
+            fresh,
+            self._samples.keep(outputs.conditional),
+            [None] * len(fresh) if unconditional is None else self._samples.keep(unconditional),
+            strict=True,
+        ):
+            sample.outputs = Outputs(row, without)
+
+    def step(self, parents: Handles, actions: Sequence[Action], seeds: Seeds) -> Handles:
+        """Make one lazy child for each (evaluated parent, action, seed).
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: a parent is not evaluated.
+            ScheduleError: a stride does not fit the steps left.
+        """
+        samples = self._samples[parents]
+        self._refuse_unevaluated(parents, samples)
+        children = []
+        for parent, action, seed in zip(samples, actions, seeds.tolist(), strict=True):
+            self._stepper.check_action(parent.step_index, action)
+            origin = Stepped(parent, action, seed)
+            children.append(Sample(parent.problem, parent.step_index + action.stride, origin))
+        return self._samples.add(children)
+
+    def step_price(self, parents: Handles, actions: Sequence[Action]) -> Counts:
+        """Nothing: the supported solvers take one call a step, the parent's."""
+        return Counts()
+
+    @torch.no_grad()
+    def value(self, handles: Handles) -> Values:
+        """Reward of the denoised estimates, by preview; asked again it costs nothing.
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: a sample is finished, or not evaluated; or what the reward raises.
+        """
+        samples = self._samples[handles]
+        self._refuse_unevaluated(handles, samples)
+        fresh = _handles_of(samples, handles, [sample.value is None for sample in samples])
+        for some, filled in self._in_calls(fresh):
+            images = self._decode(self._denoised_of(some), some, filled, preview=True)
+            for sample, value in zip(some, self._score(images, some, filled, fresh), strict=True):
+                sample.value = value
+        return np.array([sample.value for sample in samples], dtype=np.float64)
+
+    @torch.no_grad()
+    def reward(self, handles: Handles) -> Values:
+        """Reward of finished samples, decoded in full; asked again it costs nothing.
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: a sample is not finished; or what the reward raises.
+        """
+        samples = self._finished(handles)
+        fresh = _handles_of(samples, handles, [sample.reward is None for sample in samples])
+        self._make(list(fresh))
+        for some, filled in self._in_calls(fresh):
+            images = self._decode(self._latents_of(some), some, filled, preview=False)
+            for sample, reward in zip(some, self._score(images, some, filled, fresh), strict=True):
+                sample.reward = reward
+        return np.array([sample.reward for sample in samples], dtype=np.float64)
+
+    def renoise(self, handles: Handles, step_index: int, seeds: Seeds) -> Handles:
+        """Noise denoised estimates (of evaluated or finished samples) to ``step_index``, lazily.
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: a sample is neither evaluated nor finished.
+            ScheduleError: ``step_index`` is not in the schedule.
+        """
+        samples = self._samples[handles]
+        self._refuse(
+            handles,
+            [s.outputs is None and s.step_index < self.num_steps for s in samples],
+            "is neither evaluated nor finished, so there is nothing to noise; denoise it first.",
+        )
+        self._stepper.initial_state(step_index)  # refuses what is not in the schedule
+        return self._samples.add(
+            Sample(source.problem, step_index, Renoised(source, seed))
+            for source, seed in zip(samples, seeds.tolist(), strict=True)
+        )
+
+    @torch.no_grad()
+    def export(self, handles: Handles) -> list[dict[str, Any]]:
+        """Copy of the samples on the host, in plain types, fit for ``torch.save``."""
+        samples = self._samples[handles]
+        self._make(samples)
+        return [_exported(sample) for sample in samples]
+
+    def restore(self, saved: Sequence[dict[str, Any]]) -> Handles:
+        """Samples back from :meth:`export`, under new handles."""
+        return self._samples.add(_restored(sample, self._samples.storage) for sample in saved)
+
+    def release(self, handles: Handles) -> None:
+        """Forget samples; their lazy children stay good.
+
+        Raises:
+            CapacityError: a handle is not known.
+        """
+        self._samples.release(handles)
+
+    @torch.no_grad()
+    def images(self, handles: Handles) -> Float[Tensor, "batch 3 height width"]:
+        """Pictures of finished samples in [0, 1], decoded in full (again: they are not kept).
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: a sample is not finished.
+        """
+        samples = self._finished(handles)
+        self._make(samples)
+        return self._pictures(self._latents_of, samples, preview=False)
+
+    @torch.no_grad()
+    def previews(self, handles: Handles) -> Float[Tensor, "batch 3 height width"]:
+        """Pictures of the denoised estimates of unfinished, evaluated samples, by preview.
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: a sample is finished, or not evaluated.
+        """
+        samples = self._samples[handles]
+        self._refuse_unevaluated(handles, samples)
+        return self._pictures(self._denoised_of, samples, preview=True)
+
+    @torch.no_grad()
+    def denoised(self, handles: Handles) -> Float[Tensor, "batch *sample"]:
+        """Denoised estimates of evaluated samples, and the latents of finished ones.
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: a sample is neither evaluated nor finished.
+        """
+        samples = self._samples[handles]
+        self._refuse(
+            handles,
+            [s.outputs is None and s.step_index < self.num_steps for s in samples],
+            "is neither evaluated nor finished; denoise it first.",
+        )
+        self._make(samples)
+        return self._estimates_of(samples)
+
+    # Making lazy samples
+
+    def _make(self, samples: Sequence[Sample]) -> None:
+        """Give lazy samples their latents: by kind of origin, each kind in one go."""
+        lazy = [sample for sample in dict.fromkeys(samples) if sample.latents is None]
+        if not lazy:
+            return
+        sources = [s.origin.source for s in lazy if isinstance(s.origin, Renoised)]
+        self._make(sources)
+        with timed(self.ledger, "step", self._device):
+            for kind, make in (
+                (Drawn, self._draw),
+                (Stepped, self._cross),
+                (Renoised, self._noise_again),
+            ):
+                some = [sample for sample in lazy if isinstance(sample.origin, kind)]
+                if some:
+                    make(some)
+
+    def _draw(self, samples: Sequence[Sample]) -> None:
+        state = self._stepper.initial_state()
+        for sample in samples:
+            seed = cast(Drawn, sample.origin).seed
+            if seed == FIRST_DRAW:
+                latents = self._first_latents[sample.problem]
+            else:
+                latents = self._noise([seed])[0] * self._stepper.init_noise_sigma
+            self._settle([sample], latents[None], [state])
+
+    def _cross(self, samples: Sequence[Sample]) -> None:
+        edges = [cast(Stepped, sample.origin) for sample in samples]
+        parents = [edge.parent for edge in edges]
+        latents, states = self._stepper.step(
+            self._latents_of(parents),
+            self._guided(parents),
+            [_state(parent) for parent in parents],
+            [edge.action for edge in edges],
+            [edge.seed for edge in edges],
+        )
+        self._settle(samples, latents, states)
+
+    def _noise_again(self, samples: Sequence[Sample]) -> None:
+        origins = [cast(Renoised, sample.origin) for sample in samples]
+        clean = self._estimates_of([origin.source for origin in origins])
+        noise = self._noise([origin.seed for origin in origins])
+        levels: dict[int, list[int]] = {}
+        for row, sample in enumerate(samples):
+            levels.setdefault(sample.step_index, []).append(row)
+        for step_index, rows in levels.items():
+            latents, states = self._stepper.renoise(clean[rows], step_index, noise[rows])
+            self._settle([samples[row] for row in rows], latents, states)
+
+    def _noise(self, seeds: Sequence[int]) -> Tensor:
+        """Standard normal noise, each from its own generator on the CPU."""
+        shape = self._first_latents.shape[1:]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        rows = [
+            # With a batch axis, as the stock pipeline draws it.
+            torch.randn((1, *shape), generator=generator, dtype=self._first_latents.dtype)
+            for generator in generators
+        ]
+        return torch.cat(rows).to(self._device)
+
+    def _settle(
+        self, samples: Sequence[Sample], latents: Tensor, states: Sequence[SolverState]
+    ) -> None:
+        rows = self._samples.keep(latents)
+        for sample, row, state in zip(samples, rows, states, strict=True):
+            sample.latents, sample.state, sample.origin = row, state, None
+
+    # Reading samples
+
+    def _latents_of(self, samples: Sequence[Sample]) -> Tensor:
+        return self._samples.gather([_made(sample) for sample in samples])
+
+    def _guided(self, samples: Sequence[Sample]) -> Tensor:
+        outputs = [_outputs(sample) for sample in samples]
+        unconditional = [o.unconditional for o in outputs if o.unconditional is not None]
+        return self._denoiser.combine(
+            Outputs(
+                self._samples.gather([o.conditional for o in outputs]),
+                self._samples.gather(unconditional) if unconditional else None,
+            )
+        )
+
+    def _denoised_of(self, samples: Sequence[Sample]) -> Tensor:
+        return self._stepper.denoised(
+            self._latents_of(samples),
+            self._guided(samples),
+            [sample.step_index for sample in samples],
+        )
+
+    def _estimates_of(self, samples: Sequence[Sample]) -> Tensor:
+        """Clean latents of made samples: estimated where unfinished."""
+        clean = self._latents_of(samples)
+        rows = [row for row, s in enumerate(samples) if s.step_index < self.num_steps]
+        if rows:
+            clean[rows] = self._denoised_of([samples[row] for row in rows])
+        return clean
+
+    # Decoding and scoring
+
+    def _in_calls(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], list[int]]]:
+        """Samples of one call each, with their positions filled up by repetition."""
+        every = list(samples)
+        for rows, filled in chunks(len(every), self._rows_per_call):
+            yield every[rows], filled
+
+    def _decode(
+        self, clean: Tensor, samples: Sequence[Sample], filled: Sequence[int], *, preview: bool
+    ) -> Tensor:
+        """Pictures of one call, padding included."""
+        decoder = self._preview if preview and self._preview is not None else self._decoder
+        is_preview = decoder is not self._decoder
+        with timed(self.ledger, "preview" if is_preview else "decode", self._device):
+            images = decoder(clean[list(filled)])
+        each = Counts(previews=1) if is_preview else Counts(decodes=1)
+        self.ledger.charge([sample.problem for sample in samples], each)
+        return images
+
+    def _score(
+        self,
+        images: Tensor,
+        samples: Sequence[Sample],
+        filled: Sequence[int],
+        handles: Mapping[Sample, int],
+    ) -> list[float]:
+        """Rewards of the useful pictures of one call."""
+        shown = [samples[row] for row in filled]
+        with timed(self.ledger, "reward", self._device):
+            scores = self._reward(
+                images,
+                [self._prompts[sample.problem] for sample in shown],
+                [handles[sample] for sample in shown],
+            )
+        self.ledger.charge([sample.problem for sample in samples], Counts(reward_calls=1))
+        return [float(score) for score in scores[: len(samples)]]
+
+    def _pictures(
+        self,
+        clean: Callable[[Sequence[Sample]], Tensor],
+        samples: Sequence[Sample],
+        *,
+        preview: bool,
+    ) -> Tensor:
+        return torch.cat(
+            [
+                self._decode(clean(some), some, filled, preview=preview)[: len(some)]
+                for some, filled in self._in_calls(samples)
+            ]
+        )
+
+    # Refusing
+
+    def _finished(self, handles: Handles) -> list[Sample]:
+        samples = self._samples[handles]
+        self._refuse(
+            handles,
+            [sample.step_index < self.num_steps for sample in samples],
+            f"is not finished; step it to {self.num_steps} first.",
+        )
+        return samples
+
+    def _refuse_unevaluated(self, handles: Handles, samples: Sequence[Sample]) -> None:
+        self._refuse(
+            handles, [sample.outputs is None for sample in samples], "is not evaluated; denoise it."
+        )
+
+    def _refuse(self, handles: Handles, wrong: Sequence[bool], complaint: str) -> None:
+        if any(wrong):
+            first = int(np.argmax(wrong))
+            where = self._samples[handles][first].step_index
+            raise SearchError(
+                f"sample {handles[first]} (step index {where} of {self.num_steps}) {complaint}",
+                handles=handles[np.array(wrong)],
+            )
+
+
+def measure_prices(
+    *,
+    network: Network,
+    stepper: Stepper,
+    decoder: Decoder,
+    reward: CheckedReward,
+    prompt: str,
+    latents: Float[Tensor, "1 *sample"],
+    rows_per_call: int,
+    preview: Decoder | None = None,
+    repeats: int = 3,
+) -> Prices:
+    """Time one call of each kind, and say what a unit costs in rows through the network.
+
+    The median of ``repeats`` calls, after one to warm up. What these calls spend is in no ledger.
+
+    Args:
+        network: conditioned on problem 0 at least.
+        stepper: scales the input.
+        decoder: full decoder.
+        reward: scores pictures.
+        prompt: of problem 0.
+        latents: initial noise of problem 0.
+        rows_per_call: latents in every call, as in the search.
+        preview: preview decoder; without one a preview costs a full decode.
+        repeats: calls of each kind that are timed.
+    """
+    batch = latents.expand(rows_per_call, *latents.shape[1:]).contiguous()
+    rows = [0] * rows_per_call
+    inputs = stepper.scale_model_input(batch, rows)
+    timesteps = stepper.timesteps[rows].to(batch.device)
+
+    def seconds(call: Callable[[], Any]) -> float:
+        taken = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            call()
+            synchronize(batch.device)
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken[1:])
+
+    with torch.no_grad():
+        row = seconds(lambda: network(inputs, timesteps, rows)) / network.rows_per_latent
+        images = decoder(batch)
+        return Prices(
+            decode=seconds(lambda: decoder(batch)) / row,
+            preview=seconds(lambda: (preview or decoder)(batch)) / row,
+            reward_call=seconds(lambda: reward(images, [prompt] * rows_per_call, rows)) / row,
+        )
+
+
+def _handles_of(
+    samples: Sequence[Sample], handles: Handles, wanted: Sequence[bool]
+) -> dict[Sample, int]:
+    """The wanted samples, each once, with the handle that named it."""
+    return {
+        sample: handle
+        for sample, handle, is_wanted in zip(samples, handles.tolist(), wanted, strict=True)
+        if is_wanted
+    }
+
+
+def _made(sample: Sample) -> Tensor:
+    assert sample.latents is not None
+    return sample.latents
+
+
+def _state(sample: Sample) -> SolverState:
+    assert sample.state is not None
+    return sample.state
+
+
+def _outputs(sample: Sample) -> Outputs:
+    assert sample.outputs is not None
+    return sample.outputs
+
+
+def _exported(sample: Sample) -> dict[str, Any]:
+    state = _state(sample)
+    outputs = sample.outputs
+    conditional, unconditional = (None, None) if outputs is None else outputs
+    return {
+        "problem": sample.problem,
+        "step_index": sample.step_index,
+        "latents": _made(sample).clone().cpu(),
+        "visited": list(state.visited),
+        "history": [row.clone().cpu() for row in state.history],
+        "conditional": None if conditional is None else conditional.clone().cpu(),
+        "unconditional": None if unconditional is None else unconditional.clone().cpu(),
+        "value": sample.value,
+        "reward": sample.reward,
+    }
+
+
+def _restored(saved: dict[str, Any], storage: torch.device) -> Sample:
+    def here(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.clone().to(storage)
+
+    history = tuple(row.clone().to(storage) for row in saved["history"])
+    conditional = here(saved["conditional"])
+    return Sample(
+        problem=saved["problem"],
+        step_index=saved["step_index"],
+        latents=here(saved["latents"]),
+        state=SolverState(saved["step_index"], tuple(saved["visited"]), history),
+        outputs=None if conditional is None else Outputs(conditional, here(saved["unconditional"])),
+        value=saved["value"],
+        reward=saved["reward"],
+    )

@@ -1,0 +1,139 @@
+"""Where latents live: samples by handle, what each holds, and on which device.
+
+A sample is *lazy* until somebody needs its latents: it holds where it comes from (a seed, or a
+parent with an action and a seed) and no tensor. Once made it forgets its origin, so a released
+parent lives exactly as long as its lazy children.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mctd_diffusers.denoising.protocols import Outputs
+from mctd_diffusers.denoising.stepper import SolverState
+from mctd_diffusers.errors import CapacityError
+from mctd_diffusers.search.environment import Action, Handles
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Initial noise of a seed, or of :data:`~mctd_diffusers.search.environment.FIRST_DRAW`."""
+
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Stepped:
+    """The far end of an edge."""
+
+    parent: Sample
+    action: Action
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Renoised:
+    """The denoised estimate of another sample, noised again."""
+
+    source: Sample
+    seed: int
+
+
+Origin: TypeAlias = Drawn | Stepped | Renoised
+
+
+@dataclass(eq=False)
+class Sample:
+    """One partially or fully denoised sample.
+
+    Attributes:
+        problem: the image it is a sample of.
+        step_index: position in the schedule; at its end the sample is finished.
+        origin: how to make it; ``None`` once made.
+        latents: ``[channels, height, width]``, unscaled; ``None`` while lazy.
+        state: what the solver remembers; ``None`` while lazy, and of no use once finished.
+        outputs: the network's answers, one row each; ``None`` until evaluated.
+        value: reward of the denoised estimate, once asked.
+        reward: reward of the finished picture, once asked.
+    """
+
+    problem: int
+    step_index: int
+    origin: Origin | None = None
+    latents: Tensor | None = None
+    state: SolverState | None = None
+    outputs: Outputs | None = None
+    value: float | None = None
+    reward: float | None = None
+
+
+class Latents:
+    """The samples of a search, by handle; handles count up and are never used again.
+
+    Args:
+        device: where samples are computed.
+        storage: where their tensors wait meanwhile: the device itself, or ``"cpu"`` to keep a large
+            search off the accelerator.
+    """
+
+    def __init__(self, device: torch.device, storage: torch.device | str | None = None) -> None:
+        self.device = device
+        self.storage = device if storage is None else torch.device(storage)
+        self._samples: dict[int, Sample] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def add(self, samples: Iterable[Sample]) -> Handles:
+        """Take in samples and name them."""
+        first = self._next
+        for sample in samples:
+            self._samples[self._next] = sample
+            self._next += 1
+        return np.arange(first, self._next, dtype=np.int64)
+
+    def __getitem__(self, handles: Handles) -> list[Sample]:
+        """The samples of ``handles``, in order; an entry may be named twice.
+
+        Raises:
+            CapacityError: a handle was never given, or is released.
+        """
+        self._check(handles)
+        return [self._samples[int(handle)] for handle in handles]
+
+    def release(self, handles: Handles) -> None:
+        """Forget samples; what only they hold is freed.
+
+        Raises:
+            CapacityError: a handle was never given, or is released already.
+        """
+        self._check(handles)
+        for handle in set(handles.tolist()):
+            del self._samples[handle]
+
+    def keep(self, batch: Float[Tensor, "batch *sample"]) -> list[Tensor]:
+        """The rows of a batch, each on its own, where tensors wait."""
+        # Cloned, or one surviving row would keep the memory of its whole batch.
+        return [row.clone() for row in batch.to(self.storage).unbind()]
+
+    def gather(self, rows: Sequence[Tensor]) -> Float[Tensor, "batch *sample"]:
+        """Rows together in a batch, where samples are computed."""
+        return torch.stack(list(rows)).to(self.device)
+
+    def _check(self, handles: Handles) -> None:
+        missing = [handle for handle in handles.tolist() if handle not in self._samples]
+        if missing:
+            raise CapacityError(
+                f"no sample has handle {', '.join(map(str, missing))}: handles 0 to "
+                f"{self._next - 1} were given, {self._next - len(self._samples)} of them are "
+                "released; ask only for what you have not released.",
+                handles=missing,
+            )
