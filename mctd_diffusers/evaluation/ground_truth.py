@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -156,6 +156,7 @@ class Mixture:
         return Posterior(posterior.log_weights, means, variances)
 
 
+@runtime_checkable
 class RewardOfPoints(Protocol):
     """Scores points; higher is better."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -208,6 +208,7 @@ Asks: TypeAlias = Generator[Request | tuple[Request, ...], Any, Any]
 tuple of replies)."""
 
 
+@runtime_checkable
 class Environment(Protocol):
     """The world of a search: many images (problems), each with samples named by handles.
 

@@ -18,7 +18,7 @@ from mctd_diffusers.search.moves import denoise, draw, reward, step, value
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.strides import constant_strides
 
-_DEFAULT_CANDIDATES = 4  # without a bound on NFE; methods.md F.3: 2 to 4 stay on the manifold
+_DEFAULT_CANDIDATES = 4  # without a bound on NFE: 2 to 4 stay on the data manifold
 
 
 @dataclass(frozen=True)
