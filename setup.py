@@ -64,7 +64,14 @@ setup(
     # The training scripts ship in the wheel, to be launched by path through `accelerate launch`.
     package_dir={"mctd_diffusers._training": "training"},
     package_data={
-        "mctd_diffusers": ["py.typed", "embedded/**", "embedded/**/*", "evaluation/prompts/*.json"],
+        "mctd_diffusers": [
+            "py.typed",
+            "embedded/**",
+            "embedded/**/*",
+            "evaluation/*.json",
+            "evaluation/*.png",
+            "evaluation/prompts/*.json",
+        ],
         "mctd_diffusers._training": ["*.py", "*.md", "*.json"],
     },
     entry_points={"console_scripts": ["mctd = mctd_diffusers.cli:main"]},

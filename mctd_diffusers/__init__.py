@@ -22,6 +22,21 @@ if TYPE_CHECKING:
         SearchError,
         UnsupportedSchedulerError,
     )
+    from mctd_diffusers.evaluation.judge import SceneJudge
+    from mctd_diffusers.pipeline import MCTDPipeline
+    from mctd_diffusers.results import (
+        ImageSearch,
+        MCTDPipelineOutput,
+        read_recipe,
+        save_image_with_recipe,
+    )
+    from mctd_diffusers.rewards.brightness import brightness
+    from mctd_diffusers.rewards.clip import ClipReward
+    from mctd_diffusers.rewards.colourfulness import colourfulness
+    from mctd_diffusers.rewards.jpeg import JpegCompressibility
+    from mctd_diffusers.rewards.weighted_sum import WeightedSum
+    from mctd_diffusers.search.strategies.beam import Beam
+    from mctd_diffusers.search.strategies.best_of_n import BestOfN
 
 __version__ = "0.1.0"
 
@@ -29,29 +44,55 @@ EMBEDDED_MODEL = str(Path(__file__).parent / "embedded")
 """Folder of the model that ships in the box, for ``MCTDPipeline.from_pretrained``."""
 
 _MODULES = {
+    "Beam": "search.strategies.beam",
+    "BestOfN": "search.strategies.best_of_n",
     "BudgetError": "errors",
     "CapacityError": "errors",
+    "ClipReward": "rewards.clip",
     "ConfigError": "errors",
+    "ImageSearch": "results",
+    "JpegCompressibility": "rewards.jpeg",
     "MCTDError": "errors",
+    "MCTDPipeline": "pipeline",
+    "MCTDPipelineOutput": "results",
     "NonFiniteRewardError": "errors",
     "RewardError": "errors",
+    "SceneJudge": "evaluation.judge",
     "ScheduleError": "errors",
     "SearchError": "errors",
     "UnsupportedSchedulerError": "errors",
+    "WeightedSum": "rewards.weighted_sum",
+    "brightness": "rewards.brightness",
+    "colourfulness": "rewards.colourfulness",
+    "read_recipe": "results",
+    "save_image_with_recipe": "results",
 }
 """Public name -> the module that defines it."""
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "Beam",
+    "BestOfN",
     "BudgetError",
     "CapacityError",
+    "ClipReward",
     "ConfigError",
+    "ImageSearch",
+    "JpegCompressibility",
     "MCTDError",
+    "MCTDPipeline",
+    "MCTDPipelineOutput",
     "NonFiniteRewardError",
     "RewardError",
+    "SceneJudge",
     "ScheduleError",
     "SearchError",
     "UnsupportedSchedulerError",
+    "WeightedSum",
+    "brightness",
+    "colourfulness",
+    "read_recipe",
+    "save_image_with_recipe",
 ]
 
 
