@@ -68,12 +68,12 @@ class Options:
         default=True, metadata={"help": "false: train the decoder alone and keep the latents"}
     )
     block_out_channels: str = field(
-        default="24,48,64", metadata={"help": "widths from fine to coarse; each halves the side"}
+        default="16,32,64", metadata={"help": "widths from fine to coarse; each halves the side"}
     )
     norm_num_groups: int = field(default=8, metadata={"help": "groups of the group norms"})
     latent_channels: int = field(default=4, metadata={"help": "channels of a latent"})
     max_train_steps: int = field(default=3600, metadata={"help": "optimiser steps in all"})
-    train_batch_size: int = field(default=16, metadata={"help": "pictures a step"})
+    train_batch_size: int = field(default=8, metadata={"help": "pictures a step and process"})
     gradient_accumulation_steps: int = field(
         default=1, metadata={"help": "passes that share one optimiser step"}
     )
@@ -242,6 +242,30 @@ def load_pictures(data: Dataset, rows: list[int], options: Any) -> torch.Tensor:
 # --- end
 
 
+class Reconstruction(torch.nn.Module):
+    """The autoencoder as one call, so that several processes share its gradients."""
+
+    def __init__(self, vae: AutoencoderKL, train_encoder: bool) -> None:
+        super().__init__()
+        self.vae = vae
+        self.train_encoder = train_encoder
+
+    def forward(
+        self, images: torch.Tensor, is_halved: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Returns the reconstruction, and the latents' mean and log variance where they learn."""
+        mean, logvar = None, None
+        if self.train_encoder:
+            latents = self.vae.encode(images).latent_dist
+            sample, mean, logvar = latents.sample(), latents.mean, latents.logvar
+        else:
+            with torch.no_grad():
+                sample = self.vae.encode(images).latent_dist.mean
+        if is_halved:
+            sample = torch.nn.functional.avg_pool2d(sample, 2)
+        return self.vae.decode(sample).sample, mean, logvar
+
+
 @torch.no_grad()
 def validate(vae: AutoencoderKL, data: Dataset, num_images: int, options: Options) -> Any:
     """Reconstructs pictures from the mean of their latents.
@@ -324,7 +348,6 @@ def main(arguments: list[str] | None = None) -> None:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    ema = EMAModel(trained, decay=options.ema_decay)
     logger.info("%.3f M parameters are trained", sum(p.numel() for p in trained) / 1e6)
 
     # Data.
@@ -335,13 +358,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Optimiser.
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, betas=(0.9, 0.99))
-    vae, optimizer = accelerator.prepare(vae, optimizer)
-    bare = accelerator.unwrap_model(vae)
-    ema.to(accelerator.device)
+    model = Reconstruction(vae, options.train_encoder)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMAModel(trained, decay=options.ema_decay)
     accelerator.register_for_checkpointing(ema)
     weights = AutoencoderWeights(kl=options.kl_weight, log_error=options.log_error_weight)
 
-    # Loop.
+    # Loop. Each process has noise of its own.
+    set_seed(options.seed, device_specific=True)
     stop = StopRequest()
     step = load_checkpoint(accelerator, output, options.resume_from_checkpoint)
     passes = options.gradient_accumulation_steps
@@ -353,7 +377,13 @@ def main(arguments: list[str] | None = None) -> None:
         if num_extra
         else None
     )
-    progress = tqdm(total=options.max_train_steps, initial=step, desc="vae", mininterval=10)
+    progress = tqdm(
+        total=options.max_train_steps,
+        initial=step,
+        desc="vae",
+        mininterval=10,
+        disable=not accelerator.is_main_process,
+    )
     while step < options.max_train_steps and not stop.is_set:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
@@ -363,6 +393,8 @@ def main(arguments: list[str] | None = None) -> None:
                 options.decay_steps,
                 options.max_train_steps,
             )
+        chance = np.random.default_rng([options.seed, step]).random()
+        is_halved = options.train_encoder and chance < options.halved_share
         for _ in range(passes):
             images = load_pictures(data, next(batches)[share[0] :: share[1]], options)
             if extras is not None:
@@ -371,18 +403,10 @@ def main(arguments: list[str] | None = None) -> None:
             images = images.to(accelerator.device, memory_format=torch.channels_last)
             if options.flip:
                 images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
-            is_halved = options.train_encoder and torch.rand(()).item() < options.halved_share
-            with accelerator.accumulate(vae), accelerator.autocast():
-                if options.train_encoder:
-                    latents = bare.encode(images).latent_dist
-                    sample, mean, logvar = latents.sample(), latents.mean, latents.logvar
-                else:
-                    with torch.no_grad():
-                        sample, mean, logvar = bare.encode(images).latent_dist.mean, None, None
+            with accelerator.accumulate(model), accelerator.autocast():
+                reconstruction, mean, logvar = model(images, is_halved)
                 if is_halved:
-                    sample = torch.nn.functional.avg_pool2d(sample, 2)
                     images = torch.nn.functional.avg_pool2d(images, 2)
-                reconstruction = bare.decode(sample).sample
                 loss, terms = autoencoder_loss(reconstruction, images, mean, logvar, weights)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -404,7 +428,7 @@ def main(arguments: list[str] | None = None) -> None:
             ema.store(trained)
             ema.copy_to(trained)
             num_images = len(unseen) if is_last else options.num_validation_images
-            decibels, sheet = validate(bare, unseen, num_images, options)
+            decibels, sheet = validate(vae, unseen, num_images, options)
             ema.restore(trained)
             logger.info("step %d: PSNR %.2f dB on %s", step, decibels, options.validation_split)
             accelerator.log({"psnr": decibels}, step=step)
@@ -419,9 +443,10 @@ def main(arguments: list[str] | None = None) -> None:
         logger.info("stopped at step %d; go on with --resume_from_checkpoint latest", step)
     ema.copy_to(trained)
     if options.train_encoder:
-        bare.register_to_config(scaling_factor=1 / latent_std(bare, extra or data, options))
+        measured = latent_std(vae, data if extra is None else extra, options)
+        vae.register_to_config(scaling_factor=1 / measured)
     if accelerator.is_main_process:
-        bare.to(memory_format=torch.contiguous_format).save_pretrained(output / "vae")
+        vae.to(memory_format=torch.contiguous_format).save_pretrained(output / "vae")
         logger.info("saved %s", output / "vae")
     accelerator.end_training()
 
