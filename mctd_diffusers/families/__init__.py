@@ -1,0 +1,1 @@
+"""Families: one file for each family of pipelines, a subclass of ours and the stock one."""

@@ -1,0 +1,1205 @@
+"""MCTDPipeline: what every family adds to its stock pipeline.
+
+A family subclasses this base and the stock pipeline of its models, so that prompts, LoRA, IP
+adapters, offload and safety are the stock pipeline's own code. The base reads and writes folders
+that stay stock, and turns one call into a search: `families/` says how its network is called and
+its latents are decoded, `denoising/` makes a world of that, `search/` searches it.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import importlib
+import inspect
+import json
+import logging
+import math
+import os
+import resource
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from huggingface_hub import hf_hub_download, snapshot_download
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from mctd_diffusers.denoising.denoiser import chunks, synchronize
+from mctd_diffusers.denoising.environment import LatentEnvironment, measure_prices
+from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, Network, Outputs, RewardFn
+from mctd_diffusers.denoising.stepper import Stepper, check_scheduler
+from mctd_diffusers.errors import BudgetError, ConfigError, SearchError, UnsupportedSchedulerError
+from mctd_diffusers.results import (
+    Estimate,
+    ImageSearch,
+    MCTDPipelineOutput,
+    PlainSamples,
+    Recipe,
+    ReplayOutput,
+    bytes_of,
+    first_draws,
+    recipe_scheduler,
+    recipe_settings,
+    recipe_stock,
+    step_indices,
+)
+from mctd_diffusers.rewards.calls import call_reward
+from mctd_diffusers.rewards.clip import ClipReward
+from mctd_diffusers.rewards.resolving import resolve_reward
+from mctd_diffusers.search.budget import REWARD_SPENDS, VALUE_SPENDS, Budget
+from mctd_diffusers.search.environment import FIRST_DRAW, Action, Asks, Handles, Ledger, Prices
+from mctd_diffusers.search.problem import Problem
+from mctd_diffusers.search.runner import Finished, SearchResult, Strategy, Wave, run_search
+from mctd_diffusers.search.seeding import root_seed_of
+from mctd_diffusers.search.strategies import STRATEGIES, BestOfN, resolve_strategy
+from mctd_diffusers.search.tree import STEP, path_to_root
+
+logger = logging.getLogger(__name__)
+
+FAMILIES: dict[str, str] = {
+    "StableDiffusionPipeline": (
+        "mctd_diffusers.families.stable_diffusion:MCTDStableDiffusionPipeline"
+    ),
+}
+"""Stock class name -> 'module:class' of the family that searches it."""
+
+OUR_KEY = "_mctd"
+"""Key of ``model_index.json`` for what is ours; private, so that stock loaders drop it unseen."""
+REWARD_FOLDER = "reward_model"
+PREVIEW_FOLDER = "preview_vae"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+DEFAULT_COMPUTE = 8
+"""Plain samples' worth of NFE for each image, where no budget is named."""
+STRATEGY_OPTIONS = ("wave_size",)
+"""Arguments of a call that set the setting of that name in the strategy."""
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+_AS_SAVED: Any = object()
+"""Default of ``reward_model`` in `from_pretrained`: the reward that was saved, if any."""
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Our arguments of a call; see ``__call__`` of a family for what they mean."""
+
+    search: str | Strategy | None = "mctd"
+    compute: float | None = None
+    nfe_budget: int | None = None
+    cost_budget: float | None = None
+    time_budget_s: float | None = None
+    reward_model: Any = None
+    reward_prompt: str | list[str] | None = None
+    search_scheduler: SchedulerMixin | None = None
+    wave_size: int | None = None
+    rows_per_call: int | None = None
+    include_plain: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a family makes of the stock arguments.
+
+    Attributes:
+        network: conditioned on every image.
+        decoder: decodes finished samples.
+        preview: decodes unfinished ones; ``None`` where there is no preview decoder.
+        free_guidance: whether guidance is arithmetic on the network's outputs.
+        first_latents: initial noise of each image, by the stock ``prepare_latents``.
+    """
+
+    network: Network
+    decoder: Decoder
+    preview: Decoder | None
+    free_guidance: bool
+    first_latents: Float[Tensor, "images channels height width"]
+
+
+@dataclass
+class _Counted:
+    """A callable on batches that counts rows, padding included: what its seconds are shared by."""
+
+    function: Callable[..., Any]
+    rows: int = 0
+
+    def __call__(self, batch: Tensor, *rest: Any) -> Any:
+        self.rows += len(batch)
+        return self.function(batch, *rest)
+
+
+@dataclass
+class _Folded:
+    """A network whose problems count twice: once for the search, once for the plain sample."""
+
+    network: Network
+    images: int
+    rows_per_latent: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows_per_latent = self.network.rows_per_latent
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, problems: Sequence[int]) -> Outputs:
+        return self.network(latents, timesteps, [problem % self.images for problem in problems])
+
+    def combine(self, outputs: Outputs) -> Tensor:
+        return self.network.combine(outputs)
+
+
+@dataclass(frozen=True)
+class _WithPlain:
+    """A strategy, and in the same waves the plain sample of every image.
+
+    Attributes:
+        strategy: searches the problems below ``images``.
+        images: problems from here on make the plain sample of the image ``images`` before.
+    """
+
+    strategy: Strategy
+    images: int
+
+    @property
+    def name(self) -> str:
+        """Name of the strategy."""
+        return self.strategy.name
+
+    def least_nfe(self, num_steps: int) -> int:
+        """Fewest evaluations of either."""
+        return min(num_steps, self.strategy.least_nfe(num_steps))
+
+    def search(self, problem: Problem) -> Asks:
+        """Coroutine of the one or the other."""
+        is_plain = problem.index >= self.images
+        return (BestOfN(n=1) if is_plain else self.strategy).search(problem)
+
+
+@dataclass(frozen=True)
+class World:
+    """One call, set up to be searched.
+
+    Attributes:
+        prepared: the family's part.
+        stepper: over the scheduler of the search.
+        scheduler: that scheduler.
+        reward: checked.
+        prompts: that the reward reads, one an image.
+        rows_per_call: latents in every call.
+        settings: the shared part of each image's recipes.
+        prices: measured beforehand; all 0 where nothing is decided by them.
+        with_plain: whether the plain samples are made beside the search, as problems of their own.
+    """
+
+    prepared: Prepared
+    stepper: Stepper
+    scheduler: SchedulerMixin
+    reward: CheckedReward
+    prompts: list[str]
+    rows_per_call: int
+    settings: list[dict[str, Any]]
+    prices: Prices
+    with_plain: bool
+
+    @functools.cached_property
+    def decoder(self) -> Any:
+        """The full decoder, counted."""
+        return _Counted(self.prepared.decoder)
+
+    @functools.cached_property
+    def preview(self) -> Any:
+        """The preview decoder, counted."""
+        return None if self.prepared.preview is None else _Counted(self.prepared.preview)
+
+    @functools.cached_property
+    def counted_reward(self) -> Any:
+        """The reward, counted."""
+        return _Counted(self.reward)
+
+    @functools.cached_property
+    def environment(self) -> LatentEnvironment:
+        """The environment over all of it; the same at every access."""
+        times = 2 if self.with_plain else 1
+        return LatentEnvironment(
+            network=_Folded(self.prepared.network, len(self.prompts)),
+            stepper=self.stepper,
+            decoder=self.decoder,
+            preview=self.preview,
+            reward=self.counted_reward,
+            prompts=self.prompts * times,
+            first_latents=torch.cat([self.prepared.first_latents] * times),
+            rows_per_call=self.rows_per_call,
+            prices=self.prices,
+        )
+
+    def problems(self, budget: Budget, *, first_index: int = 0) -> list[Problem]:
+        """One problem an image, each with ``budget``."""
+        latents = self.prepared.first_latents
+        # Without a preview decoder an unfinished sample is decoded in full to be valued.
+        value_spends = VALUE_SPENDS if self.prepared.preview is not None else REWARD_SPENDS
+        return [
+            Problem(
+                index=first_index + i,
+                num_steps=self.stepper.num_steps,
+                root_seed=root_seed_of(bytes_of(latents[i])),
+                budget=budget,
+                prices=self.prices,
+                rows_per_nfe=self.prepared.network.rows_per_latent,
+                free_guidance=self.prepared.free_guidance,
+                value_spends=value_spends,
+            )
+            for i in range(len(latents))
+        ]
+
+    def measure_prices(self) -> Prices:
+        """The price list, from a few calls of each kind."""
+        return measure_prices(
+            network=self.prepared.network,
+            stepper=self.stepper,
+            decoder=self.prepared.decoder,
+            preview=self.prepared.preview,
+            reward=self.reward,
+            prompt=self.prompts[0],
+            latents=self.prepared.first_latents[:1],
+            rows_per_call=self.rows_per_call,
+        )
+
+    def seconds_per_row(self) -> float:
+        """Seconds of one row through the network, at the rows of a full call."""
+        first, network = self.prepared.first_latents[:1], self.prepared.network
+        rows = [0] * self.rows_per_call
+        batch = first.expand(self.rows_per_call, *first.shape[1:]).contiguous()
+        inputs = self.stepper.scale_model_input(batch, rows)
+        timesteps = self.stepper.timesteps[rows].to(batch.device)
+        started = time.perf_counter()
+        network(inputs, timesteps, rows)
+        synchronize(batch.device)
+        seconds = time.perf_counter() - started
+        return seconds / (self.rows_per_call * network.rows_per_latent)
+
+    def settled_ledger(self) -> Ledger:
+        """The ledger when all is done: by image, and with the prices that were really paid."""
+        ledger = self.environment.ledger
+        for index in sorted(ledger.by_problem):
+            if index >= len(self.prompts):
+                image = index - len(self.prompts)
+                ledger.by_problem[image] = ledger.spent(image) + ledger.by_problem.pop(index)
+        rows = ledger.total.rows + ledger.total.padded_rows
+        if self.prices != Prices() or not rows:
+            return ledger
+        row = ledger.seconds["network"] / rows
+
+        def price(phase: str, counted: _Counted | None) -> float:
+            if counted is None or not counted.rows:
+                return 0.0
+            return ledger.seconds.get(phase, 0.0) / counted.rows / row
+
+        ledger.prices = Prices(
+            decode=price("decode", self.decoder),
+            preview=price("preview", self.preview),
+            reward_call=price("reward", self.counted_reward),
+        )
+        return ledger
+
+
+def family_class(stock_class_name: object) -> type[MCTDPipeline]:
+    """Return the family of a stock pipeline, by the name of its class.
+
+    Raises:
+        ConfigError: no family searches pipelines of that class.
+    """
+    if not isinstance(stock_class_name, str) or stock_class_name not in FAMILIES:
+        raise ConfigError(
+            f"no family searches pipelines of class {stock_class_name!r}; supported are "
+            f"{', '.join(sorted(FAMILIES))}: load a model of one of these"
+        )
+    module, name = FAMILIES[stock_class_name].split(":")
+    family: type[MCTDPipeline] = getattr(importlib.import_module(module), name)
+    return family
+
+
+class MCTDPipeline(DiffusionPipeline):
+    r"""Base of the pipelines that search over denoising.
+
+    Use [`~MCTDPipeline.from_pretrained`] or [`~MCTDPipeline.from_pipe`]: they return the family
+    that fits the model, a subclass of both this class and the stock pipeline.
+
+    Attributes:
+        reward_model (`RewardFn`, *optional*):
+            What a search maximises: a callable `(images, prompts) -> floats`. A [`ClipReward`] is
+                saved
+            with the pipeline; other callables are not.
+        preview_vae ([`AutoencoderTiny`], *optional*):
+            Decodes unfinished samples cheaply; without it they are decoded in full.
+    """
+
+    stock_class: ClassVar[type[DiffusionPipeline]]
+    reward_model: RewardFn | None
+    preview_vae: AutoencoderTiny | None
+
+    def _set_up_search(self, preview_vae: AutoencoderTiny | None, reward_model: Any) -> None:
+        """Register what the base adds to the stock pipeline; families call it in ``__init__``."""
+        self.register_modules(preview_vae=preview_vae)
+        self.reward_model = None if reward_model is None else resolve_reward(reward_model)
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        reward_model: Any = _AS_SAVED,
+        **kwargs: Any,
+    ) -> Self:
+        r"""Load any pipeline folder or Hub repository of a supported family.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A folder with a `model_index.json`, or the name of a Hub repository.
+            reward_model (*optional*, defaults to the reward that was saved with the pipeline):
+                A callable `(images, prompts) -> floats`, a short name (`"clip"`, `"pickscore"`), or
+                the folder or repository of a `CLIPModel`; `None` for no reward.
+            preview_vae ([`AutoencoderTiny`], *optional*, defaults to the one that was saved):
+                Decoder of previews.
+            kwargs (remaining keyword arguments, *optional*):
+                Everything that the stock `from_pretrained` takes.
+
+        Returns:
+            The family's pipeline, also an instance of the stock class.
+
+        Raises:
+            ConfigError: no such folder or repository, a pipeline that no family searches, or a
+                reward that cannot be resolved.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        index = _read_model_index(source, hub)
+        family = family_class(index.get("_class_name")) if cls is MCTDPipeline else cls
+        ours = index.get(OUR_KEY) or {}
+        reward_is_saved = reward_model is _AS_SAVED and "reward_model" in ours
+        preview_is_saved = "preview_vae" not in kwargs and "preview_vae" in ours
+        folder = Path(source)
+        if (reward_is_saved or preview_is_saved) and not folder.is_dir():
+            folders = [f"{REWARD_FOLDER}/*"] * reward_is_saved + [
+                f"{PREVIEW_FOLDER}/*"
+            ] * preview_is_saved
+            folder = Path(snapshot_download(source, allow_patterns=folders, **hub))
+        if reward_is_saved:
+            reward_model = _restore_reward(folder / REWARD_FOLDER, ours["reward_model"])
+        elif reward_model is _AS_SAVED:
+            reward_model = None
+        elif reward_model is not None:
+            reward_model = resolve_reward(reward_model)
+        if preview_is_saved:
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+            if isinstance(dtype, dict):
+                dtype = dtype.get("preview_vae", dtype.get("default"))
+            kwargs["preview_vae"] = AutoencoderTiny.from_pretrained(
+                folder / PREVIEW_FOLDER, dtype=dtype
+            )
+        pipe: Self = super(MCTDPipeline, family).from_pretrained(source, **kwargs)
+        pipe.reward_model = reward_model
+        if preview_is_saved and kwargs.get("device_map") is not None:
+            kwargs["preview_vae"].to(pipe.device)
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        r"""Wrap a pipeline in memory, sharing its modules.
+
+        Unlike the stock `from_pipe` this casts nothing, so the modules keep their dtype in both
+        pipelines.
+
+        Args:
+            pipeline (`DiffusionPipeline`):
+                A pipeline of a supported family, stock or ours.
+            kwargs (remaining keyword arguments, *optional*):
+                Components and settings to use in place of the pipeline's own, `reward_model` and
+                `preview_vae` among them; `dtype` (or `torch_dtype`) casts, and since modules are
+                shared it casts them in both pipelines.
+
+        Returns:
+            The family's pipeline.
+
+        Raises:
+            ConfigError: a pipeline that no family searches, a reward that cannot be resolved, or an
+                argument that the family does not know.
+        """
+        family: type[Self] = cls
+        if cls is MCTDPipeline:
+            names = [base.__name__ for base in type(pipeline).__mro__]
+            supported = [name for name in names if name in FAMILIES]
+            family = family_class(supported[0] if supported else names[0])
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        modules, settings = family._get_signature_keys(family)
+        unknown = sorted(set(kwargs) - set(modules) - set(settings))
+        if unknown:
+            raise ConfigError(
+                f"from_pipe got {', '.join(unknown)}, which {family.__name__} does not know: it "
+                "takes "
+                f"{', '.join([*modules, *settings])}"
+            )
+        arguments = {name: part for name, part in pipeline.components.items() if name in modules}
+        arguments |= {name: pipeline.config[name] for name in settings if name in pipeline.config}
+        arguments["reward_model"] = getattr(pipeline, "reward_model", None)
+        missing = set(modules) - set(arguments)
+        arguments |= {name: None for name in missing & set(family._optional_components)}
+        pipe = family(**{**arguments, **kwargs})
+        name_or_path = pipeline.config.get("_name_or_path")
+        if name_or_path is not None:
+            pipe.register_to_config(_name_or_path=name_or_path)
+        pipe.hf_device_map = pipeline.hf_device_map
+        pipe.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        return pipe if dtype is None else pipe.to(dtype=dtype)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast as the stock pipeline does; a reward with a ``to`` follows to the device."""
+        super().to(*args, **kwargs)
+        move = getattr(self.reward_model, "to", None)
+        if callable(move):
+            move(self.device)
+        return self
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
+        r"""Save a folder that opens as the stock pipeline, and with our parts in ours.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                The folder; created if it does not exist.
+            args (remaining arguments, *optional*):
+                What the stock `save_pretrained` takes.
+            kwargs (remaining keyword arguments, *optional*):
+                The same, `push_to_hub` among them.
+        """
+        directory = Path(save_directory)
+        if type(self.reward_model) is ClipReward:
+            self.reward_model.save_pretrained(directory / REWARD_FOLDER)
+        elif self.reward_model is not None:
+            logger.warning(
+                "the reward %r is a callable and is not saved: pass reward_model=... again when "
+                "you "
+                "load %s",
+                self.reward_model,
+                directory.name,
+            )
+        self.register_modules(
+            preview_vae=self.preview_vae
+        )  # an assignment over None is lost on save
+        super().save_pretrained(os.fspath(directory), *args, **kwargs)
+
+    def save_config(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
+        """Write ``model_index.json``, and leave no path of this machine in the configs."""
+        super().save_config(save_directory, *args, **kwargs)
+        for path in Path(save_directory).glob("*/config.json"):
+            config = json.loads(path.read_text(encoding="utf-8"))
+            drop = {"_name_or_path"}
+            if config.get("_class_name") == "AutoencoderTiny":
+                drop.add("block_out_channels")  # it writes this itself, and warns when it reads it
+            if drop & set(config):
+                kept = {name: entry for name, entry in config.items() if name not in drop}
+                text = json.dumps(kept, indent=2, sort_keys=True)
+                path.write_text(text + "\n", encoding="utf-8")
+
+    def to_json_string(self) -> str:
+        """Return ``model_index.json``: the stock one, with our entries under a private key."""
+        index: dict[str, Any] = json.loads(super().to_json_string())
+        index["_class_name"] = self.stock_class.__name__
+        index.pop("_name_or_path", None)
+        preview_vae = index.pop("preview_vae", None)
+        ours: dict[str, Any] = {}
+        if preview_vae and preview_vae[0] is not None:
+            ours["preview_vae"] = preview_vae
+        if type(self.reward_model) is ClipReward:
+            ours["reward_model"] = {"kind": "clip", "scale": self.reward_model.scale}
+        if ours:
+            index[OUR_KEY] = ours
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    # Searching
+
+    def _plain_call(self, stock: dict[str, Any], options: SearchOptions) -> Any:
+        """The stock pipeline, with its output in our form."""
+        named = [
+            option.name
+            for option in fields(options)
+            if option.name != "search" and getattr(options, option.name) != option.default
+        ]
+        if named:
+            raise ConfigError(
+                f"search=None is the stock pipeline, which knows no {', '.join(named)}: leave "
+                f"{'it' if len(named) == 1 else 'them'} out, or name a search "
+                f"({', '.join(sorted(STRATEGIES))})"
+            )
+        output = self.stock_class.__call__(self, **{**stock, "return_dict": True})
+        nsfw = getattr(output, "nsfw_content_detected", None)
+        if not stock["return_dict"]:
+            return (output.images, nsfw)
+        nfe = None if self.interrupt else [self.num_timesteps] * len(output.images)
+        return MCTDPipelineOutput(images=output.images, nfe=nfe, nsfw_content_detected=nsfw)
+
+    def _search_call(self, stock: dict[str, Any], options: SearchOptions) -> Any:
+        """Search every image of a call, in shared waves."""
+        started = time.monotonic()
+        world, strategy = self._set_up(stock, options)
+        budget, plain_budget = _budgets(world, strategy, options)
+        problems = world.problems(budget)
+        if plain_budget is not None:
+            problems += world.problems(plain_budget, first_index=len(problems))
+            strategy = _WithPlain(strategy, len(world.prompts))
+        seconds = options.time_budget_s
+        if seconds is not None:
+            seconds = max(seconds - (time.monotonic() - started), 1e-3)
+        try:
+            with self._progress(world, problems) as on_wave:
+                results = run_search(
+                    strategy, world.environment, problems, seconds=seconds, on_wave=on_wave
+                )
+        except SearchError as error:
+            error.partial = error.partial and self._output(world, stock, options, error.partial)
+            self.maybe_free_model_hooks()
+            raise
+        output = self._output(world, stock, options, results)
+        self.maybe_free_model_hooks()
+        if stock["return_dict"]:
+            return output
+        # As the stock tuple begins: images, then what the safety checker says.
+        rest = (output.rewards, output.nfe, output.search, output.ledger, output.plain)
+        return (output.images, output.nsfw_content_detected, *rest)
+
+    def _set_up(self, stock: dict[str, Any], options: SearchOptions) -> tuple[World, Strategy]:
+        """Check every argument, then make the world to be searched."""
+        strategy = _configured(options)
+        _check_options(options)
+        _check_stock(stock)
+        self._check_call(stock)
+        prompts = _reward_prompts(stock, options)
+        draws = first_draws(stock, len(prompts))
+        reward = self._reward_of(options.reward_model)
+        scheduler = self._scheduler_of(options.search_scheduler)
+        rows_per_call = options.rows_per_call or self._default_rows_per_call(stock)
+        prompts_per_call = max(1, rows_per_call // stock["num_images_per_prompt"])
+        with self._stepping(scheduler), as_config_errors():
+            self._set_timesteps(stock)
+            stepper = Stepper(scheduler, eta=stock["eta"])
+            prepared = self._prepare(stock, prompts_per_call)
+        settings = recipe_settings(
+            stock,
+            prompts,
+            draws,
+            pipeline=self.stock_class.__name__,
+            scheduler=scheduler,
+            first_latents=prepared.first_latents,
+            rows_per_call=rows_per_call,
+            prompts_per_call=prompts_per_call,
+        )
+        world = World(
+            prepared=prepared,
+            stepper=stepper,
+            scheduler=scheduler,
+            reward=reward,
+            prompts=prompts,
+            rows_per_call=rows_per_call,
+            settings=settings,
+            prices=Prices(),
+            with_plain=options.include_plain and not isinstance(strategy, BestOfN),
+        )
+        if options.cost_budget is not None:
+            world = replace(world, prices=world.measure_prices())
+        return world, strategy
+
+    @contextmanager
+    def _progress(
+        self, world: World, problems: Sequence[Problem]
+    ) -> Iterator[Callable[[Wave], None]]:
+        """A progress bar over the NFE budget, with the best reward so far (their mean, of many)."""
+        budgets = [problem.budget.nfe for problem in problems]
+        total = sum(math.inf if nfe is None else nfe for nfe in budgets)
+        ledger = world.environment.ledger
+        with self.progress_bar(total=total) as bar:
+
+            def on_wave(wave: Wave) -> None:
+                best = [reward for reward in wave.best if reward is not None]
+                if best:
+                    bar.set_postfix(best_reward=f"{np.mean(best):.4g}", refresh=False)
+                bar.update(ledger.total.nfe - bar.n)
+
+            yield on_wave
+
+    def _output(
+        self,
+        world: World,
+        stock: dict[str, Any],
+        options: SearchOptions,
+        results: Sequence[SearchResult],
+    ) -> MCTDPipelineOutput:
+        """The output of what was found: of each image the best sample, or the plain one."""
+        count = len(world.prompts)
+        plains: Sequence[SearchResult | None] = results[count:] or [None] * count
+        searches = [
+            self._image_search(world, searched, plain)
+            for searched, plain in zip(results[:count], plains, strict=True)
+        ]
+        winners = [search.winner for search in searches]
+        images, nsfw = self._pictures(world, winners, stock["output_type"])
+        plain_samples = None
+        if options.include_plain:
+            plain = [_plain_sample(result) for result in results[-count:]]
+            plain_samples = PlainSamples(
+                self._pictures(world, plain, stock["output_type"])[0],
+                [None if sample is None else sample.reward for sample in plain],
+            )
+        return MCTDPipelineOutput(
+            images=images,
+            rewards=[search.best_reward for search in searches],
+            nfe=[search.spent.nfe for search in searches],
+            search=searches,
+            ledger=world.settled_ledger(),
+            nsfw_content_detected=nsfw,
+            plain=plain_samples,
+        )
+
+    def _image_search(
+        self, world: World, searched: SearchResult, plain: SearchResult | None
+    ) -> ImageSearch:
+        """What was found of one image; among equals the search's own sample wins."""
+        winning, spent = searched, searched.spent
+        if plain is not None:
+            spent = spent + plain.spent
+            best, other = searched.best, plain.best
+            if other is not None and (best is None or other.reward > best.reward):
+                winning = plain
+        handles = np.array([sample.handle for sample in searched.finished], dtype=np.int64)
+        latents = world.prepared.first_latents[:0]
+        if len(handles):
+            latents = world.environment.denoised(handles)
+        return ImageSearch(
+            result=searched,
+            winner=winning.best,
+            winner_tree=winning.tree,
+            spent=spent,
+            scheduler=type(world.scheduler).__name__,
+            settings=world.settings[searched.problem],
+            latents=latents.cpu(),
+            decode=functools.partial(
+                self._decoded, world.prepared.decoder, latents.device, world.rows_per_call
+            ),
+        )
+
+    def _pictures(
+        self, world: World, samples: Sequence[Finished | None], output_type: str
+    ) -> tuple[Any, list[bool] | None]:
+        """Pictures of finished samples in the form asked for, and what the safety checker says."""
+        handles = np.array([s.handle for s in samples if s is not None], dtype=np.int64)
+        if not len(handles):
+            return [None] * len(samples), None
+        nsfw: list[bool] | None = None
+        if output_type == "latent":
+            pictures = world.environment.denoised(handles)
+        else:
+            images, nsfw = self._check_safety(world.environment.images(handles))
+            pictures = self._postprocess(images, output_type)
+        if len(handles) == len(samples):
+            return pictures, nsfw
+        each, flags = iter(pictures), iter(nsfw or [])
+        found = [None if s is None else next(each) for s in samples]
+        return found, nsfw and [s is not None and next(flags) for s in samples]
+
+    @torch.no_grad()
+    def _decoded(
+        self, decoder: Decoder, device: torch.device, rows_per_call: int, latents: Tensor
+    ) -> list[Image.Image]:
+        """Finished latents as pictures, in calls of the same size as in the search."""
+        pictures: list[Image.Image] = []
+        for rows, filled in chunks(len(latents), rows_per_call):
+            images = decoder(latents[rows][filled].to(device))[: rows.stop - rows.start]
+            pictures += self._postprocess(self._check_safety(images)[0], "pil")
+        self.maybe_free_model_hooks()
+        return pictures
+
+    def _postprocess(self, images: Tensor, output_type: str) -> Any:
+        """Images in [0, 1] in the form asked for, by the stock image processor."""
+        return self.image_processor.postprocess(
+            images, output_type=output_type, do_denormalize=[False] * len(images)
+        )
+
+    def _reward_of(self, given: Any) -> CheckedReward:
+        """The reward of this call, checked at every answer."""
+        reward = self.reward_model if given is None else given
+        if reward is None:
+            raise ConfigError(
+                "a search needs a reward and this pipeline has none; paste one of:\n"
+                '    pipe.reward_model = "clip"  # or "pickscore", "embedded", a CLIPModel folder\n'
+                "    pipe.reward_model = lambda images, prompts: images.mean(dim=(1, 2, 3))\n"
+                "or call with reward_model=..., or with search=None for a plain sample"
+            )
+        reward = resolve_reward(reward)
+        if given is None:
+            self.reward_model = reward  # a name is looked up once
+        return functools.partial(call_reward, reward)
+
+    def _scheduler_of(self, given: SchedulerMixin | None) -> SchedulerMixin:
+        """A copy of the scheduler to search with.
+
+        Raises:
+            UnsupportedSchedulerError: the one named explicitly cannot be branched.
+            ConfigError: what is named is no scheduler.
+        """
+        if given is not None:
+            if not isinstance(given, SchedulerMixin):
+                raise ConfigError(
+                    f"search_scheduler={given!r} is a {type(given).__name__}: pass a scheduler, "
+                    "such as "
+                    "DDIMScheduler.from_config(pipe.scheduler.config)"
+                )
+            check_scheduler(given)
+            return copy.deepcopy(given)
+        try:
+            check_scheduler(self.scheduler)
+        except UnsupportedSchedulerError as error:
+            config = self.scheduler.config
+            filled = {
+                name: False for name in ("clip_sample", "set_alpha_to_one") if name not in config
+            }
+            scheduler = DDIMScheduler.from_config(config, **filled)
+            check_scheduler(scheduler)
+            warnings.warn(
+                f"{type(self.scheduler).__name__} cannot be branched, so the search steps a "
+                f"DDIMScheduler made from its config ({str(error).splitlines()[0]}); name one with "
+                "search_scheduler=... to choose it yourself",
+                stacklevel=5,
+            )
+            return scheduler
+        return copy.deepcopy(self.scheduler)
+
+    @contextmanager
+    def _stepping(self, scheduler: SchedulerMixin) -> Iterator[None]:
+        """Let the stock code see the scheduler of the search as its own, for a while."""
+        own = self.__dict__["scheduler"]
+        self.__dict__["scheduler"] = scheduler  # past __setattr__, which rewrites the config
+        try:
+            yield
+        finally:
+            self.__dict__["scheduler"] = own
+
+    def _check_names(self, unknown: Iterable[str]) -> None:
+        """Refuse arguments that the call does not know; stock pipelines drop them silently."""
+        known = inspect.signature(type(self).__call__).parameters
+        for name in set(unknown) - {"callback", "callback_steps"}:
+            near = difflib.get_close_matches(name, list(known), 1)
+            hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+            raise ConfigError(f"{name!r} is no argument of {type(self).__name__}: {hint}")
+
+    # What a family says of its stock pipeline
+
+    def _check_call(self, stock: dict[str, Any]) -> None:
+        """Fill in the size, and refuse stock arguments that cannot work."""
+        raise NotImplementedError
+
+    def _default_rows_per_call(self, stock: dict[str, Any]) -> int:
+        """Latents in a call, by device and size."""
+        raise NotImplementedError
+
+    def _set_timesteps(self, stock: dict[str, Any]) -> None:
+        """Prepare ``self.scheduler``, as the stock call does."""
+        raise NotImplementedError
+
+    def _prepare(
+        self, stock: dict[str, Any], prompts_per_call: int, draws: int | None = None
+    ) -> Prepared:
+        """Encode the prompts, ``prompts_per_call`` at once, and draw the first noise.
+
+        ``draws`` latents are drawn, one an image where it is ``None``.
+        """
+        raise NotImplementedError
+
+    def _check_safety(self, images: Tensor) -> tuple[Tensor, list[bool] | None]:
+        """Blacken what the safety checker finds in images in [0, 1], and say where."""
+        raise NotImplementedError
+
+    # Recipes and estimates
+
+    @torch.no_grad()
+    def replay(
+        self,
+        recipe: Recipe,
+        latents: Tensor | None = None,
+        *,
+        previews: bool = False,
+        **arguments: Any,
+    ) -> ReplayOutput:
+        r"""Make the picture of a recipe again, bit for bit on the same machine and versions.
+
+        It costs what the picture's own ancestry cost, not what the search did.
+
+        Args:
+            recipe (`dict`):
+                As `out.search[0].recipe` gives it, or `read_recipe` from a PNG file.
+            latents (`torch.Tensor`, *optional*):
+                First noise of this image, one row, as it was passed to the call; needed where the
+                call did not draw it from a fresh generator.
+            previews (`bool`, *optional*, defaults to `False`):
+                Whether to return pictures of the denoised estimate along the path too.
+            arguments (*optional*):
+                What the call was given that no recipe can hold, such as `prompt_embeds` or
+                `ip_adapter_image`.
+
+        Returns:
+            [`ReplayOutput`]: the picture, its reward where the pipeline has one, and the previews.
+
+        Raises:
+            ConfigError: the recipe is of another pipeline or incomplete, or its first noise differs
+                from the one at hand.
+        """
+        stock = recipe_stock(recipe, self.stock_class.__name__, arguments)
+        first_draw, moves = recipe["first_draw"], recipe["moves"]
+        needs_noise = moves[0]["seed"] == FIRST_DRAW
+        draws, position, seed = 1, 0, 0
+        if latents is None and needs_noise:
+            if first_draw is None:
+                raise ConfigError(
+                    "the first noise of this recipe was not drawn from a fresh generator: pass it "
+                    "as "
+                    "latents=..., or make recipes with generator=torch.Generator().manual_seed(...)"
+                )
+            draws, position, seed = (first_draw[name] for name in ("batch", "position", "seed"))
+        device = "cpu" if first_draw is None else first_draw["device"]
+        stock |= {"latents": latents, "generator": torch.Generator(device).manual_seed(seed)}
+        self._check_call(stock)
+        reward = None if self.reward_model is None else self._reward_of(None)
+        scheduler = recipe_scheduler(recipe)
+        with self._stepping(scheduler), as_config_errors():
+            self._set_timesteps(stock)
+            stepper = Stepper(scheduler, eta=stock["eta"])
+            prepared = self._prepare(stock, recipe["prompts_per_call"], draws)
+        first = prepared.first_latents[position : position + 1]
+        root_seed = root_seed_of(bytes_of(first[0]))
+        if needs_noise and root_seed != recipe["root_seed"]:
+            raise ConfigError(
+                f"the recipe's search had root seed {recipe['root_seed']}, the first noise here "
+                "gives "
+                f"{root_seed}: load the model with dtype {recipe['dtype']} on {recipe['device']}, "
+                "or "
+                "pass the first noise as latents=..."
+            )
+        environment = LatentEnvironment(
+            network=prepared.network,
+            stepper=stepper,
+            decoder=prepared.decoder,
+            preview=prepared.preview,
+            reward=reward or _no_reward,
+            prompts=[recipe["reward_prompt"]],
+            first_latents=first,
+            rows_per_call=recipe["rows_per_call"],
+        )
+        path = _retrace(environment, moves)
+        images, _ = self._check_safety(environment.images(path[-1]))
+        output = ReplayOutput(
+            images=self._postprocess(images, "pil"),
+            latents=environment.denoised(path[-1])[0].cpu(),
+            reward=None if reward is None else float(environment.reward(path[-1])[0]),
+            nfe=environment.ledger.total.nfe,
+        )
+        if previews:
+            evaluated = np.concatenate(path[:-1])
+            shown, _ = self._check_safety(environment.previews(evaluated))
+            output.previews = self._postprocess(shown, "pil")
+            output.step_indices = step_indices(moves)[:-1]
+        self.maybe_free_model_hooks()
+        return output
+
+    @torch.no_grad()
+    def estimate(self, *args: Any, **kwargs: Any) -> Estimate:
+        r"""Say what a call is going to cost, from a few measured rows and before any search.
+
+        Args:
+            args:
+                The arguments of the call. Its generators are left as they are.
+            kwargs:
+                The same.
+
+        Returns:
+            [`Estimate`]: NFE, seconds, memory and the price list; seconds do not count model
+            loading and are about right for searches that value every evaluated sample, an upper
+            bound for others.
+
+        Raises:
+            ConfigError: as the call would.
+        """
+        bound = inspect.signature(type(self).__call__).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        stock = {name: given for name, given in bound.arguments.items() if name != "self"}
+        self._check_names(stock.pop("kwargs", {}))
+        options = SearchOptions(
+            **{field.name: stock.pop(field.name) for field in fields(SearchOptions)}
+        )
+        if options.search is None:
+            raise ConfigError(
+                "estimate() is about searches: name one, search=None costs one sample"
+            )
+        stock["generator"] = torch.Generator().manual_seed(0)
+        world, strategy = self._set_up(stock, options)
+        prices, seconds_per_row = world.measure_prices(), world.seconds_per_row()
+        images, num_steps = len(world.prompts), world.stepper.num_steps
+        value = prices.preview + prices.reward_call
+        finish = (prices.decode + prices.reward_call) / num_steps
+        cost_per_nfe = world.prepared.network.rows_per_latent + value + finish
+        nfe: float = 0
+        for budget in _budgets(world, strategy, options):
+            if budget is not None:
+                most = math.inf if budget.nfe is None else budget.nfe
+                if budget.cost is not None:
+                    most = min(most, budget.cost / cost_per_nfe)
+                nfe += most * images
+        seconds_per_nfe = cost_per_nfe * seconds_per_row
+        if options.time_budget_s is not None:
+            nfe = max(min(nfe, options.time_budget_s / seconds_per_nfe), num_steps * images)
+        self.maybe_free_model_hooks()
+        return Estimate(
+            nfe=math.floor(nfe),
+            seconds=nfe * seconds_per_nfe,
+            peak_memory_bytes=_peak_memory(world.prepared.first_latents.device),
+            seconds_per_row=seconds_per_row,
+            prices=prices,
+        )
+
+
+def _read_model_index(source: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """Read ``model_index.json`` of a folder or repository."""
+    try:
+        if Path(source).is_dir():
+            path = Path(source) / "model_index.json"
+        else:
+            path = Path(hf_hub_download(source, "model_index.json", **hub))
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no pipeline could be read from {source!r} ({str(error).splitlines()[0]}): pass a "
+            "folder "
+            "that holds a model_index.json, or a Hub repository that can be reached from here"
+        ) from error
+    return index
+
+
+def _restore_reward(folder: Path, entry: str | dict[str, Any]) -> RewardFn:
+    """Load the reward that was saved with a pipeline."""
+    settings = {"kind": entry} if isinstance(entry, str) else dict(entry)
+    kind = settings.pop("kind", None)
+    if kind != "clip":
+        raise ConfigError(
+            f"the saved reward is of kind {kind!r}, known is 'clip': pass reward_model=... instead"
+        )
+    return ClipReward.from_pretrained(folder, **settings)
+
+
+def _configured(options: SearchOptions) -> Strategy:
+    """The strategy that is asked for, with the settings that the call names."""
+    strategy = resolve_strategy(options.search)  # type: ignore[arg-type]  # None was sent elsewhere
+    named = {
+        name: getattr(options, name)
+        for name in STRATEGY_OPTIONS
+        if getattr(options, name) is not None
+    }
+    if not named:
+        return strategy
+    known: set[str] = {part.name for part in fields(strategy)} if is_dataclass(strategy) else set()
+    unknown = sorted(set(named) - known)
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(unknown)} is no setting of search {strategy.name!r}, which has "
+            f"{', '.join(sorted(known)) or 'none'}: leave it out, or use another search"
+        )
+    return replace(strategy, **named)  # type: ignore[type-var]  # its settings validate themselves
+
+
+def _check_options(options: SearchOptions) -> None:
+    """Refuse budgets that contradict each other, and numbers that are not positive."""
+    if options.compute is not None and options.nfe_budget is not None:
+        raise ConfigError(
+            f"compute={options.compute} and nfe_budget={options.nfe_budget} bound the same thing: "
+            "give "
+            "one of them"
+        )
+    for name in ("compute", "nfe_budget", "cost_budget", "time_budget_s"):
+        given = getattr(options, name)
+        if given is None:
+            continue
+        if (
+            isinstance(given, bool)
+            or not isinstance(given, int | float)
+            or not 0 < given < math.inf
+        ):
+            raise ConfigError(f"{name}={given!r}: give a number above 0")
+    for name in ("nfe_budget", "rows_per_call"):
+        given = getattr(options, name)
+        if given is not None and (
+            isinstance(given, bool) or not isinstance(given, int) or given < 1
+        ):
+            raise ConfigError(f"{name}={given!r}: give a whole number of at least 1")
+
+
+def _budgets(
+    world: World, strategy: Strategy, options: SearchOptions
+) -> tuple[Budget, Budget | None]:
+    """What may be spent on each image: by the search, and by its plain sample beside it."""
+    num_steps = world.stepper.num_steps
+    nfe = options.nfe_budget
+    others = (options.nfe_budget, options.cost_budget, options.time_budget_s)
+    if options.compute is not None or all(other is None for other in others):
+        nfe = math.floor((options.compute or DEFAULT_COMPUTE) * num_steps + 1e-9)
+    if nfe == 0:
+        raise BudgetError(
+            f"compute={options.compute} of {num_steps} steps is less than one NFE: give at least "
+            "compute=1, the cost of a plain sample"
+        )
+    budget = Budget(nfe, options.cost_budget)
+    if not world.with_plain:
+        return budget, None
+    account = world.problems(budget)[0].account
+    plain = account.price(nfe=num_steps, rewards=1)
+    least_nfe = strategy.least_nfe(num_steps)
+    least = account.price(nfe=least_nfe, rewards=1)
+    if not account.affords(plain + least):
+        needed = f"{num_steps} + {least_nfe} NFE"
+        if budget.cost is not None:
+            needed += f", {account.prices.cost(plain + least):.4g} row-equivalents in all"
+        raise BudgetError(
+            f"{budget} cannot pay for the plain sample and one of {strategy.name!r}, which need "
+            f"{needed}: raise the budget, or leave include_plain out"
+        )
+    if budget.cost is not None:
+        budget = replace(budget, cost=budget.cost - account.prices.cost(plain))
+    if budget.nfe is not None:
+        budget = replace(budget, nfe=budget.nfe - num_steps)
+    return budget, Budget(num_steps)
+
+
+def _check_stock(stock: dict[str, Any]) -> None:
+    """Refuse stock arguments that a search cannot follow, or that no stock code checks."""
+    for name in ("callback_on_step_end", "callback"):
+        if stock.get(name) is not None:
+            raise ConfigError(
+                f"{name} follows a single line of steps, and a search has none: leave it out, or "
+                "call "
+                "with search=None"
+            )
+    if stock["num_images_per_prompt"] is None:
+        stock["num_images_per_prompt"] = 1
+    for name in ("num_inference_steps", "num_images_per_prompt"):
+        if not isinstance(stock[name], int) or stock[name] < 1:
+            raise ConfigError(f"{name}={stock[name]!r}: give a whole number of at least 1")
+    if stock["timesteps"] is not None and stock["sigmas"] is not None:
+        raise ConfigError("timesteps and sigmas both set the schedule: give one of them")
+    if stock["output_type"] not in OUTPUT_TYPES:
+        raise ConfigError(
+            f"output_type={stock['output_type']!r}: choose one of "
+            f"{', '.join(map(repr, OUTPUT_TYPES))}"
+        )
+    prompt, negative = stock["prompt"], stock["negative_prompt"]
+    if isinstance(prompt, list) and (not prompt or not all(isinstance(p, str) for p in prompt)):
+        raise ConfigError(f"prompt={prompt!r}: give a string, or a list of at least one string")
+    if negative is not None and prompt is not None:
+        if type(negative) is not type(prompt):
+            raise ConfigError(
+                f"prompt is a {type(prompt).__name__} and negative_prompt a "
+                f"{type(negative).__name__}: "
+                "give both as strings or both as lists"
+            )
+        if isinstance(prompt, list) and len(negative) != len(prompt):
+            raise ConfigError(
+                f"there are {len(prompt)} prompts and {len(negative)} negative prompts: give one "
+                "for each"
+            )
+
+
+def num_prompts(stock: dict[str, Any]) -> int:
+    """How many prompts a call has, before ``num_images_per_prompt``."""
+    if stock["prompt"] is None:
+        return len(stock["prompt_embeds"])
+    return 1 if isinstance(stock["prompt"], str) else len(stock["prompt"])
+
+
+def _reward_prompts(stock: dict[str, Any], options: SearchOptions) -> list[str]:
+    """What the reward reads, one an image."""
+    texts = stock["prompt"] if options.reward_prompt is None else options.reward_prompt
+    count = num_prompts(stock)
+    if texts is None:
+        raise ConfigError(
+            "prompt_embeds hold no text that a reward could read: say it with reward_prompt=..., "
+            "or pass "
+            "reward_prompt='' for a reward that reads none"
+        )
+    texts = [texts] * count if isinstance(texts, str) else list(texts)
+    if len(texts) != count:
+        raise ConfigError(
+            f"there are {count} prompts and {len(texts)} reward prompts: give one for each prompt"
+        )
+    return [text for text in texts for _ in range(stock["num_images_per_prompt"])]
+
+
+def _retrace(environment: LatentEnvironment, moves: Sequence[dict[str, Any]]) -> list[Handles]:
+    """Make the samples along a path again; evaluates every one but the last."""
+    path: list[Handles] = []
+    for move in moves:
+        seeds = np.array([move["seed"]], dtype=np.int64)
+        if move["move"] == "draw":
+            handles = environment.reset(np.zeros(1, dtype=np.int64), seeds)
+        else:
+            parent = path[-1]
+            environment.denoise(parent)
+            if move["move"] == "step":
+                action = Action(move["stride"], move["eta"])
+                handles = environment.step(parent, [action], seeds)
+            else:
+                handles = environment.renoise(parent, move["step_index"], seeds)
+        path.append(handles)
+    return path
+
+
+def _plain_sample(result: SearchResult) -> Finished | None:
+    """The finished sample that the stock loop would make, if the search made it."""
+    tree = result.tree
+    for sample in result.finished:
+        path = path_to_root(tree, sample.node)[:-1]
+        steps = path[:-1]
+        if (
+            tree.seed[path[-1]] == FIRST_DRAW
+            and (tree.move[steps] == STEP).all()
+            and (tree.stride[steps] == 1).all()
+            and np.isnan(tree.eta[steps]).all()
+        ):
+            return sample
+    return None
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes that the accelerator held at most; on the host, that the process did."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _no_reward(images: Tensor, prompts: Sequence[str], handles: Sequence[int]) -> Any:
+    raise AssertionError("a replay without a reward scores nothing")
+
+
+@contextmanager
+def as_config_errors() -> Iterator[None]:
+    """Let what the stock code refuses be one of our errors."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error

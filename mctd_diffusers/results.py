@@ -1,0 +1,564 @@
+"""What a search hands back: the output of a pipeline call, one `ImageSearch` an image, and recipes.
+
+A *recipe* is plain data (JSON) from which `MCTDPipeline.replay` makes a picture again bit for bit:
+the prompt and the settings of the call, and the moves that led to the sample, each with its seed.
+It can travel inside a PNG file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from diffusers.utils import BaseOutput
+from jaxtyping import Float
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.search.environment import Counts, Ledger, Prices
+from mctd_diffusers.search.runner import Finished, SearchResult
+from mctd_diffusers.search.tree import DRAW, RENOISE, STEP, Tree, path_to_root
+
+logger = logging.getLogger(__name__)
+
+Recipe: TypeAlias = dict[str, Any]
+"""JSON-able; see `RECIPE_VERSION` and `ImageSearch.recipe`."""
+
+RECIPE_VERSION = 1
+RECIPE_KEY = "mctd_recipe"
+"""Name of the text chunk of a PNG file that holds the recipe."""
+RECIPE_ARGUMENTS = (
+    "height",
+    "width",
+    "num_inference_steps",
+    "timesteps",
+    "sigmas",
+    "guidance_scale",
+    "guidance_rescale",
+    "eta",
+    "clip_skip",
+    "cross_attention_kwargs",
+)
+"""Stock arguments that a recipe holds, beside the prompts."""
+UNHELD_ARGUMENTS = (
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "ip_adapter_image",
+    "ip_adapter_image_embeds",
+)
+"""Stock arguments that no recipe can hold: a replay needs them again."""
+
+MOVE_NAMES = {DRAW: "draw", STEP: "step", RENOISE: "renoise"}
+
+
+class Sample(NamedTuple):
+    """One finished sample of a search.
+
+    Attributes:
+        image: the picture.
+        reward: its score.
+        node: its row in the tree.
+        latents: ``[channels, height, width]`` finished latents, on the host.
+    """
+
+    image: Image.Image
+    reward: float
+    node: int
+    latents: Float[Tensor, "channels height width"]
+
+
+def moves_to(tree: Tree, node: int) -> list[dict[str, Any]]:
+    """The moves from the root of ``tree`` to ``node``, as plain data.
+
+    Returns:
+        One dict a move: ``move`` (``"draw"``, ``"step"`` or ``"renoise"``), ``seed``, and for a
+            step its
+        ``stride`` and ``eta`` (``None``: as the user's own scheduler), for a renoising the
+        ``step_index`` it goes back to.
+    """
+    moves = []
+    for row in reversed(path_to_root(tree, node)[:-1]):
+        move: dict[str, Any] = {
+            "move": MOVE_NAMES[int(tree.move[row])],
+            "seed": int(tree.seed[row]),
+        }
+        if tree.move[row] == STEP:
+            eta = float(tree.eta[row])
+            move |= {"stride": int(tree.stride[row]), "eta": None if np.isnan(eta) else eta}
+        elif tree.move[row] == RENOISE:
+            move["step_index"] = int(tree.step_index[row])
+        moves.append(move)
+    return moves
+
+
+@dataclass
+class ImageSearch:
+    """What the search of one image found and spent.
+
+    Attributes:
+        result: what the runner says of the strategy's search: its tree, log and history.
+        winner: the sample that was handed back; ``None`` if the search was stopped before there was
+            one.
+        winner_tree: the tree that ``winner.node`` is a row of: the strategy's own, or that of the
+            plain sample where ``include_plain`` made it the answer.
+        spent: useful work for this image, the plain sample included.
+        scheduler: name of the scheduler's class that was stepped.
+        settings: the part of a recipe that all samples of this image share.
+        latents: ``[finished, channels, height, width]`` of ``result.finished``, on the host.
+        decode: latents to pictures, as the pipeline decodes.
+    """
+
+    result: SearchResult
+    winner: Finished | None
+    winner_tree: Tree
+    spent: Counts
+    scheduler: str
+    settings: dict[str, Any] = field(repr=False)
+    latents: Float[Tensor, "finished channels height width"] = field(repr=False)
+    decode: Callable[[Tensor], list[Image.Image]] = field(repr=False)
+
+    @property
+    def best_reward(self) -> float | None:
+        """Reward of the winner."""
+        return None if self.winner is None else self.winner.reward
+
+    @property
+    def tree(self) -> Tree:
+        """The search tree."""
+        return self.result.tree
+
+    @property
+    def finished(self) -> list[Finished]:
+        """Every finished sample of the search, in the order of scoring."""
+        return self.result.finished
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the search ended: budget, exhausted, time, interrupted or error."""
+        return self.result.stop_reason
+
+    @property
+    def history(self) -> list[tuple[int, float]]:
+        """``(nfe, best reward so far)`` at every sample better than those before."""
+        return self.result.history
+
+    @property
+    def recipe(self) -> Recipe:
+        """How to make the winner again, as plain data.
+
+        Raises:
+            ConfigError: there is no winner.
+        """
+        if self.winner is None:
+            raise ConfigError(
+                f"the search stopped ({self.stop_reason}) before a sample was finished, so there "
+                "is no "
+                "recipe: give it a larger budget"
+            )
+        return self._recipe(self.winner_tree, self.winner)
+
+    def recipe_of(self, node: int) -> Recipe:
+        """How to make any finished sample of the tree again.
+
+        Raises:
+            ConfigError: ``node`` is not a finished sample.
+        """
+        for sample in self.finished:
+            if sample.node == node:
+                return self._recipe(self.tree, sample)
+        nodes = [sample.node for sample in self.finished]
+        raise ConfigError(
+            f"node {node} is not finished; finished nodes are {nodes}: name one of them"
+        )
+
+    def top(self, n: int, *, diverse: bool = False) -> list[Sample]:
+        """The best finished samples, without repetitions, best first.
+
+        Args:
+            n: how many, at least 1; fewer come back if fewer are finished.
+            diverse: of the ``4 n`` best, take the best and then always the one farthest (in
+                latents) from those taken (Gonzalez, 1985), so that near copies of the best do not
+                crowd out the others.
+
+        Raises:
+            ConfigError: ``n`` is below 1.
+        """
+        if n < 1:
+            raise ConfigError(f"top({n}): ask for at least 1 sample")
+        order = sorted(range(len(self.finished)), key=lambda i: -self.finished[i].reward)
+        order = _without_repetitions(self.latents, order)
+        chosen = _spread(self.latents, order[: 4 * n], n) if diverse else order[:n]
+        if not chosen:
+            return []
+        images = self.decode(self.latents[chosen])
+        return [
+            Sample(image, self.finished[i].reward, self.finished[i].node, self.latents[i])
+            for image, i in zip(images, chosen, strict=True)
+        ]
+
+    def _recipe(self, tree: Tree, sample: Finished) -> Recipe:
+        return {
+            **self.settings,
+            "root_seed": tree.root_seed,
+            "moves": moves_to(tree, sample.node),
+            "reward": sample.reward,
+            "strategy": self.result.strategy,
+        }
+
+
+def _without_repetitions(latents: Tensor, order: Sequence[int]) -> list[int]:
+    """``order`` without samples that are equal to an earlier one."""
+    kept: list[int] = []
+    for i in order:
+        if not any(torch.equal(latents[i], latents[j]) for j in kept):
+            kept.append(i)
+    return kept
+
+
+def _spread(latents: Tensor, candidates: Sequence[int], n: int) -> list[int]:
+    """The first of ``candidates`` and then the farthest ones, in the order of ``candidates``."""
+    if not candidates:
+        return []
+    flat = latents[list(candidates)].flatten(1).float()
+    taken = [0]
+    distance = (flat - flat[0]).norm(dim=1)
+    while len(taken) < min(n, len(candidates)):
+        taken.append(int(distance.argmax()))
+        distance = torch.minimum(distance, (flat - flat[taken[-1]]).norm(dim=1))
+    return [candidates[i] for i in sorted(taken)]
+
+
+@dataclass
+class PlainSamples:
+    """The samples that the same call makes without a search, from the same initial noise.
+
+    Attributes:
+        images: in the form of the call's ``output_type``.
+        rewards: scores by the searched reward; ``None`` where a search was stopped before.
+    """
+
+    images: Any
+    rewards: list[float | None]
+
+
+@dataclass
+class MCTDPipelineOutput(BaseOutput):
+    """Output of a pipeline call.
+
+    Attributes:
+        images: the best finished sample of each image, in the form of ``output_type``. Where a
+            search was stopped before every image had one, a list with ``None`` in those places.
+        rewards: its score for each image, ``None`` where there is none; ``None`` without a search.
+        nfe: denoiser evaluations spent on each image.
+        search: one `ImageSearch` an image; ``None`` without a search.
+        ledger: what the whole call spent; ``None`` without a search.
+        nsfw_content_detected: what the safety checker says of each image, ``None`` without one.
+        plain: the plain samples, where ``include_plain`` asked for them.
+    """
+
+    images: Any
+    rewards: list[float | None] | None = None
+    nfe: list[int] | None = None
+    search: list[ImageSearch] | None = None
+    ledger: Ledger | None = None
+    nsfw_content_detected: list[bool] | None = None
+    plain: PlainSamples | None = None
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the images as PNG files that carry their recipes.
+
+        Args:
+            path: of the file; of several images each gets its number before the suffix. Folders are
+                made as needed.
+
+        Returns:
+            The files, one an image.
+
+        Raises:
+            ConfigError: the images are not PIL pictures, or ``path`` does not end in ``.png``.
+        """
+        images = list(self.images)
+        if not all(image is None or isinstance(image, Image.Image) for image in images):
+            raise ConfigError(
+                "save() writes PIL pictures: call the pipeline with output_type='pil'"
+            )
+        path = _png_path(path)
+        names = (
+            [path.stem] if len(images) == 1 else [f"{path.stem}-{i}" for i in range(len(images))]
+        )
+        written = []
+        for i, (image, name) in enumerate(zip(images, names, strict=True)):
+            if image is None:
+                continue
+            target = path.with_name(f"{name}.png")
+            if self.search is None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                image.save(target)
+            else:
+                save_image_with_recipe(image, self.search[i].recipe, target)
+            written.append(target)
+        return written
+
+
+@dataclass
+class ReplayOutput(BaseOutput):
+    """Output of `MCTDPipeline.replay`.
+
+    Attributes:
+        images: the picture of the recipe, as a list of one.
+        latents: ``[channels, height, width]`` finished latents, on the host.
+        reward: its score, where the pipeline has a reward.
+        nfe: denoiser evaluations that it took.
+        previews: pictures of the denoised estimate along the path, one a network call, where
+            ``previews`` asked for them.
+        step_indices: position in the schedule of each preview, 0 is noisiest.
+    """
+
+    images: list[Image.Image]
+    latents: Float[Tensor, "channels height width"] | None = None
+    reward: float | None = None
+    nfe: int = 0
+    previews: list[Image.Image] | None = None
+    step_indices: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a call is going to cost, from a few measured rows.
+
+    Attributes:
+        nfe: denoiser evaluations, all images together, at most.
+        seconds: wall-clock seconds, about: network, and one preview and reward call an evaluation.
+        peak_memory_bytes: of the accelerator while measuring; on the host, what the process has
+            used at most so far.
+        seconds_per_row: of the network at the rows of a full call.
+        prices: of a decode, a preview and a reward call, in row-equivalents.
+    """
+
+    nfe: int
+    seconds: float
+    peak_memory_bytes: int
+    seconds_per_row: float
+    prices: Prices
+
+
+def save_image_with_recipe(image: Image.Image, recipe: Recipe, path: str | Path) -> None:
+    """Write a PNG file with its recipe inside.
+
+    Args:
+        image: the picture.
+        recipe: as `ImageSearch.recipe` gives it.
+        path: of the file; its folder is made if it does not exist.
+
+    Raises:
+        ConfigError: ``path`` does not end in ``.png``.
+    """
+    path = _png_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = PngInfo()
+    text.add_itxt(RECIPE_KEY, json.dumps(recipe))
+    image.save(path, pnginfo=text)
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read the recipe out of a PNG file.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no recipe.
+    """
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(RECIPE_KEY)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read as a picture: {error}") from error
+    if text is None:
+        raise ConfigError(
+            f"{path} holds no recipe: only PNG files that `MCTDPipelineOutput.save` or "
+            "`save_image_with_recipe` wrote do, as long as no other program has rewritten them"
+        )
+    recipe: Recipe = json.loads(text)
+    return recipe
+
+
+def _png_path(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"{path} does not end in .png: recipes travel in PNG files only")
+    return path
+
+
+def bytes_of(latents: Tensor) -> bytes:
+    """The bytes of a tensor, whatever its dtype."""
+    return latents.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+# Making recipes, and reading them
+
+
+def first_draws(stock: dict[str, Any], images: int) -> list[dict[str, Any] | None]:
+    """How to draw the first noise of each image again, as plain data; ``None`` where nobody can.
+
+    To be asked before anything is drawn.
+
+    Args:
+        stock: the stock arguments of a call.
+        images: how many images it makes.
+
+    Raises:
+        ConfigError: there is a list of generators, and not one for each image.
+    """
+    generator = stock["generator"]
+    if stock["latents"] is not None or generator is None:
+        return [None] * images
+    if not isinstance(generator, list):
+        return [_first_draw(generator, batch=images, position=i) for i in range(images)]
+    if len(generator) != images:
+        raise ConfigError(
+            f"there are {len(generator)} generators for {images} images: give one, or one for each"
+        )
+    return [_first_draw(each, batch=1, position=0) for each in generator]
+
+
+def _first_draw(generator: torch.Generator, *, batch: int, position: int) -> dict[str, Any] | None:
+    """As `first_draws`, for one generator; ``None`` if it is not fresh from its seed."""
+    seed = generator.initial_seed()
+    fresh = torch.Generator(generator.device).manual_seed(seed)
+    if not torch.equal(fresh.get_state(), generator.get_state()):
+        return None
+    return {"seed": seed, "device": str(generator.device), "batch": batch, "position": position}
+
+
+def recipe_settings(
+    stock: dict[str, Any],
+    reward_prompts: Sequence[str],
+    draws: Sequence[dict[str, Any] | None],
+    *,
+    pipeline: str,
+    scheduler: SchedulerMixin,
+    first_latents: Tensor,
+    rows_per_call: int,
+    prompts_per_call: int,
+) -> list[dict[str, Any]]:
+    """The part of a recipe that all samples of an image share, for each image of a call."""
+    call = {name: stock[name] for name in RECIPE_ARGUMENTS}
+    not_held = [name for name in UNHELD_ARGUMENTS if stock[name] is not None]
+    try:
+        json.dumps(call["cross_attention_kwargs"])
+    except TypeError:
+        call["cross_attention_kwargs"] = None
+        not_held.append("cross_attention_kwargs")
+    config = json.loads(scheduler.to_json_string())
+    shared = {
+        "version": RECIPE_VERSION,
+        "pipeline": pipeline,
+        "call": call,
+        "not_held": not_held,
+        "scheduler": {
+            "class": type(scheduler).__name__,
+            "config": {name: entry for name, entry in config.items() if name[0] != "_"},
+        },
+        "rows_per_call": rows_per_call,
+        "prompts_per_call": prompts_per_call,
+        "dtype": str(first_latents.dtype).removeprefix("torch."),
+        "device": first_latents.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {"diffusers": diffusers.__version__, "torch": torch.__version__},
+    }
+    n = stock["num_images_per_prompt"]
+
+    def text(name: str, image: int) -> str | None:
+        given: str | list[str] | None = stock[name]
+        return given[image // n] if isinstance(given, list) else given
+
+    return [
+        shared
+        | {
+            "prompt": text("prompt", image),
+            "negative_prompt": text("negative_prompt", image),
+            "reward_prompt": reward_prompt,
+            "first_draw": draw,
+        }
+        for image, (reward_prompt, draw) in enumerate(zip(reward_prompts, draws, strict=True))
+    ]
+
+
+def recipe_stock(recipe: Recipe, pipeline: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The stock arguments that a recipe stands for, without those that draw the first noise.
+
+    Args:
+        recipe: of one picture.
+        pipeline: name of the stock class at hand.
+        arguments: those that the recipe could not hold.
+
+    Raises:
+        ConfigError: the recipe is of another version or pipeline, or an argument is missing.
+    """
+    if recipe.get("version") != RECIPE_VERSION:
+        raise ConfigError(
+            f"the recipe is of version {recipe.get('version')!r}, this package replays version "
+            f"{RECIPE_VERSION}: make it again"
+        )
+    if recipe["pipeline"] != pipeline:
+        raise ConfigError(
+            f"the recipe is of a {recipe['pipeline']}, this pipeline is a {pipeline}: load its "
+            "model"
+        )
+    missing = [name for name in recipe["not_held"] if name not in arguments]
+    if missing:
+        raise ConfigError(
+            f"the recipe cannot hold {', '.join(missing)}: pass what the call was given"
+        )
+    for package, here in (("diffusers", diffusers.__version__), ("torch", torch.__version__)):
+        then = recipe["versions"].get(package)
+        if then != here:
+            logger.warning(
+                "the recipe was made with %s %s, here is %s: the picture may differ in its last "
+                "bits",
+                package,
+                then,
+                here,
+            )
+    stock: dict[str, Any] = dict.fromkeys(UNHELD_ARGUMENTS) | recipe["call"] | arguments
+    has_embeds = stock["prompt_embeds"] is not None
+    return stock | {
+        "prompt": None if has_embeds else recipe["prompt"],
+        "negative_prompt": None if has_embeds else recipe["negative_prompt"],
+        "num_images_per_prompt": 1,
+    }
+
+
+def recipe_scheduler(recipe: Recipe) -> SchedulerMixin:
+    """The scheduler of a recipe.
+
+    Raises:
+        ConfigError: diffusers has no scheduler of that name.
+    """
+    name = str(recipe["scheduler"]["class"])
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ConfigError(
+            f"the recipe's scheduler {name!r} is none of diffusers {diffusers.__version__}"
+        )
+    scheduler: SchedulerMixin = kind.from_config(recipe["scheduler"]["config"])  # type: ignore[attr-defined]
+    return scheduler
+
+
+def step_indices(moves: Sequence[dict[str, Any]]) -> list[int]:
+    """Position in the schedule after each move."""
+    indices: list[int] = []
+    for move in moves:
+        if move["move"] == "step":
+            indices.append(indices[-1] + move["stride"])
+        else:
+            indices.append(move.get("step_index", 0))
+    return indices
