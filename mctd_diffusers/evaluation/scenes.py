@@ -462,7 +462,7 @@ def draw_prompts() -> dict[str, list[ScenePrompt]]:
     return lists
 
 
-def load_prompts(name: Literal["tune", "report"]) -> list[ScenePrompt]:
+def load_prompts(name: str) -> list[ScenePrompt]:
     """Loads a committed prompt list: 120 prompts, 20 of each kind, in the order of `KINDS`.
 
     Args:
