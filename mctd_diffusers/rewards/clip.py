@@ -16,7 +16,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -185,7 +185,7 @@ class ClipReward:
         tokenizer: CLIPTokenizer,
         preprocessing: Preprocessing,
         *,
-        scale: Literal["logit_scale", "cosine"] = "logit_scale",
+        scale: str = "logit_scale",
         name_or_path: str | None = None,
     ) -> None:
         if scale not in ("logit_scale", "cosine"):
@@ -203,7 +203,7 @@ class ClipReward:
         folder_or_repo: str | Path,
         *,
         processor: str | Path | None = None,
-        scale: Literal["logit_scale", "cosine"] = "logit_scale",
+        scale: str = "logit_scale",
         dtype: torch.dtype = torch.float32,
         **hub_arguments: Any,
     ) -> ClipReward:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from mctd_diffusers.denoising.protocols import RewardFn
 from mctd_diffusers.errors import ConfigError
@@ -31,7 +32,7 @@ REWARD_NAMES: tuple[str, ...] = tuple(sorted(_NAMED_REWARDS))
 PickScore."""
 
 
-def resolve_reward(spec: RewardFn | str | Path) -> RewardFn:
+def resolve_reward(spec: object) -> RewardFn:
     """Turn what a user wrote into a reward.
 
     Args:
@@ -63,7 +64,7 @@ def resolve_reward(spec: RewardFn | str | Path) -> RewardFn:
             f"reward_model={spec!r} is a {type(spec).__name__}: pass a callable (images, prompts) "
             f"-> floats, a CLIPModel folder or repository, or one of {', '.join(REWARD_NAMES)}"
         )
-    return spec
+    return cast("RewardFn", spec)
 
 
 def _resolve_text(spec: str | Path) -> RewardFn:
