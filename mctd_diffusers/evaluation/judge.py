@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,9 @@ from mctd_diffusers.evaluation.scenes import (
     parse_prompt,
 )
 from mctd_diffusers.models.losses import SceneTargets
+
+EMBEDDED_JUDGE = Path(__file__).parent.parent / "embedded" / "judge"
+"""Folder of the judge that ships in the box."""
 
 MIN_PROBABILITY = 0.05
 """Peaks below this are not looked at."""
@@ -132,7 +136,7 @@ class SceneJudge(ModelMixin, ConfigMixin):
         self,
         nouns: Sequence[str] = OBJECTS,
         colours: Sequence[str] = COLOURS,
-        channels: tuple[int, int, int] = (32, 64, 96),
+        channels: Sequence[int] = (32, 64, 96),
         sample_size: int = 64,
     ) -> None:
         super().__init__()
@@ -209,8 +213,9 @@ class SceneJudge(ModelMixin, ConfigMixin):
                 f"{len(images)} images and {len(prompts)} prompts: pass one prompt each"
             )
         claims = tuple(facts(parse_prompt(prompt)) for prompt in prompts)
+        vocabulary = {"nouns": self.config.nouns, "colours": self.config.colours}
         probabilities = tuple(
-            np.array([self._fact_probability(fact, seen) for fact in claim])
+            np.array([fact_probability(fact, seen, **vocabulary) for fact in claim])
             for claim, seen in zip(claims, self.sightings(images), strict=True)
         )
         return JudgeReport(
@@ -220,33 +225,63 @@ class SceneJudge(ModelMixin, ConfigMixin):
             probabilities=probabilities,
         )
 
-    def _fact_probability(self, fact: Fact, seen: Sequence[Sighting]) -> float:
-        """Return how probable one fact is, given what was seen."""
-        present = self._present(seen, fact.noun)
-        if fact.kind == "object":
-            return _any(present)
-        if fact.kind == "count":
-            assert fact.count is not None
-            counts = poisson_binomial(present)
-            return float(counts[fact.count]) if fact.count < len(counts) else 0.0
-        coloured = self._present(seen, fact.noun, fact.colour)
-        if fact.kind == "colour":
-            # One at least is there and none has another colour.
-            return _any(present) * float(np.prod(1 - (present - coloured)))
-        assert fact.other is not None
-        others = self._present(seen, fact.other, fact.other_colour)
-        return _position(fact, seen, coloured, others)
 
-    def _present(
-        self, seen: Sequence[Sighting], noun: str, colour: str | None = None
-    ) -> Float[np.ndarray, " sightings"]:
-        """Return for each sighting the probability that it is such an object."""
-        column = list(self.config.nouns).index(noun)
-        present = np.array([one.probability * one.nouns[column] for one in seen], dtype=np.float64)
-        if colour is None:
-            return present
-        tint = list(self.config.colours).index(colour)
-        return present * np.array([one.colours[tint] for one in seen], dtype=np.float64)
+def load_judge(folder: str | Path = EMBEDDED_JUDGE) -> SceneJudge:
+    """Load a judge, by default the one in the box, in float32 and evaluation mode.
+
+    Raises:
+        ConfigError: there is no judge in the folder.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ConfigError(f"no judge in {str(folder)!r}: train one with training/train_judge.py")
+    judge: SceneJudge = SceneJudge.from_pretrained(folder)
+    return judge.float().eval()
+
+
+def fact_probability(
+    fact: Fact,
+    seen: Sequence[Sighting],
+    *,
+    nouns: Sequence[str] = OBJECTS,
+    colours: Sequence[str] = COLOURS,
+) -> float:
+    """Return how probable a fact is, given what was seen.
+
+    Sightings are independent events, each an object of a noun and a colour with the probabilities
+    it carries. "object": at least one is of the noun. "count": their number, a Poisson-binomial
+    law. "colour": at least one is of the noun, and none of those has another colour. "position":
+    some pair of them stands so, by a logistic function of the distance between centres.
+
+    Args:
+        fact: what has to be true.
+        seen: the sightings of one picture.
+        nouns: vocabulary of their ``nouns``.
+        colours: vocabulary of their ``colours``, without "natural".
+    """
+
+    def present(noun: str, colour: str | None = None) -> Float[np.ndarray, " sightings"]:
+        place = list(nouns).index(noun)
+        tint = None if colour is None else list(colours).index(colour)
+        return np.array(
+            [
+                one.probability * one.nouns[place] * (1.0 if tint is None else one.colours[tint])
+                for one in seen
+            ],
+            dtype=np.float64,
+        )
+
+    named = present(fact.noun)
+    if fact.kind == "object":
+        return _any(named)
+    if fact.kind == "count":
+        assert fact.count is not None
+        law = poisson_binomial(named)
+        return float(law[fact.count]) if fact.count < len(law) else 0.0
+    coloured = present(fact.noun, fact.colour)
+    if fact.kind == "colour":
+        return _any(named) * float(np.prod(1 - (named - coloured)))
+    assert fact.other is not None
+    return _position(fact, seen, coloured, present(fact.other, fact.other_colour))
 
 
 def poisson_binomial(probabilities: Float[np.ndarray, " events"]) -> Float[np.ndarray, " counts"]:

@@ -1,0 +1,32 @@
+"""Writes the small sheet of real scenes that ships with the package, from the prepared data.
+
+Two hundred and forty real pictures of held-out combinations, equal over the six kinds of prompt,
+with their captions: the ceiling of every figure of ``mctd evaluate-model``. ::
+
+    python scripts/make_real_scenes.py --dataset data/emoji
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from datasets import load_from_disk
+
+from mctd_diffusers.evaluation.real_scenes import SHEET, RealScenes
+
+
+def main() -> None:
+    """Chooses the pictures and writes sheet and captions."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", default="data/emoji", help="folder of prepare_data.py")
+    parser.add_argument("--split", default="held_out_scenes", help="split to choose from")
+    parser.add_argument("--number", type=int, default=240, help="pictures, a multiple of six")
+    parser.add_argument("--output", type=Path, default=SHEET, help="PNG; captions go beside it")
+    options = parser.parse_args()
+    scenes = RealScenes.from_split(load_from_disk(options.dataset)[options.split], options.number)
+    scenes.save(options.output)
+
+
+if __name__ == "__main__":
+    main()
