@@ -666,6 +666,7 @@ def build(options: Options) -> DatasetDict:
                 features=FEATURES,
             )
             for split, split_rows in rows.items()
+            if split_rows
         }
     )
 

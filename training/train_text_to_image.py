@@ -148,6 +148,13 @@ class StopRequest:
     def _set(self, number: int, frame: object) -> None:
         self.is_set = True
 
+    def is_agreed(self, accelerator: Accelerator) -> bool:
+        """Says whether any process was asked to stop; all of them call it once a step."""
+        if accelerator.num_processes == 1:
+            return self.is_set
+        flags = accelerator.gather(torch.tensor([self.is_set], device=accelerator.device))
+        return bool(flags.any())
+
 
 def checkpoints(output: Path) -> list[Path]:
     """Lists the whole checkpoints of a run, oldest first."""
@@ -555,7 +562,8 @@ def main(arguments: list[str] | None = None) -> None:
         disable=not accelerator.is_main_process,
     )
     recent: list[float] = []
-    while step < options.max_train_steps and not stop.is_set:
+    is_stopping = False
+    while step < options.max_train_steps and not is_stopping:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 step,
@@ -597,13 +605,14 @@ def main(arguments: list[str] | None = None) -> None:
         ema.step(trained)
         step += 1
         progress.update()
+        is_stopping = stop.is_agreed(accelerator)
         recent.append(loss.item())
         if not math.isfinite(recent[-1]):
             raise ConfigError(f"the loss is {recent[-1]} at step {step}; lower learning_rate")
 
         is_last = step == options.max_train_steps
         is_validation = is_last or step % options.validation_steps == 0
-        is_checkpoint = is_last or stop.is_set or step % options.checkpointing_steps == 0
+        is_checkpoint = is_last or is_stopping or step % options.checkpointing_steps == 0
         if step % 50 == 0 or is_last:
             accelerator.log({"loss": sum(recent) / len(recent)}, step=step)
             progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
@@ -626,7 +635,7 @@ def main(arguments: list[str] | None = None) -> None:
     progress.close()
 
     # Save.
-    if stop.is_set and step < options.max_train_steps:
+    if is_stopping and step < options.max_train_steps:
         logger.info("stopped at step %d; go on with --resume_from_checkpoint latest", step)
     logger.info("the averaged weights are in %s", output / "pipeline")
     accelerator.end_training()

@@ -121,6 +121,13 @@ class StopRequest:
     def _set(self, number: int, frame: object) -> None:
         self.is_set = True
 
+    def is_agreed(self, accelerator: Accelerator) -> bool:
+        """Says whether any process was asked to stop; all of them call it once a step."""
+        if accelerator.num_processes == 1:
+            return self.is_set
+        flags = accelerator.gather(torch.tensor([self.is_set], device=accelerator.device))
+        return bool(flags.any())
+
 
 def checkpoints(output: Path) -> list[Path]:
     """Lists the whole checkpoints of a run, oldest first."""
@@ -384,7 +391,8 @@ def main(arguments: list[str] | None = None) -> None:
         mininterval=10,
         disable=not accelerator.is_main_process,
     )
-    while step < options.max_train_steps and not stop.is_set:
+    is_stopping = False
+    while step < options.max_train_steps and not is_stopping:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 step,
@@ -416,6 +424,7 @@ def main(arguments: list[str] | None = None) -> None:
         ema.step(trained)
         step += 1
         progress.update()
+        is_stopping = stop.is_agreed(accelerator)
 
         if not is_halved and step % 20 < 2:
             if not math.isfinite(loss.item()):
@@ -434,12 +443,12 @@ def main(arguments: list[str] | None = None) -> None:
             accelerator.log({"psnr": decibels}, step=step)
             if accelerator.is_main_process:
                 Image.fromarray(sheet).save(output / f"reconstructions-{step}.png")
-        if is_last or stop.is_set or step % options.checkpointing_steps == 0:
+        if is_last or is_stopping or step % options.checkpointing_steps == 0:
             save_checkpoint(accelerator, output, step, options.checkpoints_total_limit)
     progress.close()
 
     # Save.
-    if stop.is_set and step < options.max_train_steps:
+    if is_stopping and step < options.max_train_steps:
         logger.info("stopped at step %d; go on with --resume_from_checkpoint latest", step)
     ema.copy_to(trained)
     if options.train_encoder:
