@@ -111,6 +111,23 @@ class SolverState:
 
 
 @dataclass(frozen=True)
+class _Split:
+    """An edge in two: a step below the target's noise level, then noise up to it.
+
+    Attributes:
+        rescale: factor of the stepped sample, from the lower level's signal to the target's.
+        shortening: length of the edge by that of the step, in log signal to noise. A multistep
+            solver extrapolates along the step, but the estimate it extrapolates changes along the
+            edge: without this it looks too far ahead (at a full share of noise twice as far, and
+            Gaussian data of deviation 2 come out at 2.6 after 8 steps, with it at 1.98); with it,
+            a full share is exactly the SDE DPM-Solver.
+    """
+
+    rescale: float | Tensor
+    shortening: Tensor
+
+
+@dataclass(frozen=True)
 class _View:
     """A clone of the scheduler, cut down to the points of one edge, and how to step it.
 
@@ -121,7 +138,7 @@ class _View:
         eta: the ``eta`` argument of the step, for those that have it.
         draws: whether the scheduler draws noise of its own, so needs generators.
         noise_std: standard deviation of the noise in the sample after the edge.
-        rescale: where noise is added after the step: what the sample is multiplied by before.
+        split: how noise is added after the step; ``None`` where it is not.
     """
 
     scheduler: Any
@@ -130,7 +147,7 @@ class _View:
     eta: float | None
     draws: bool
     noise_std: float | Tensor
-    rescale: float | Tensor | None
+    split: _Split | None = None
 
 
 class Stepper:
@@ -338,24 +355,21 @@ class Stepper:
         if self._sigmas is not None:
             scheduler._step_index = view.position
         if self._is_multistep:
-            remembered = [
-                torch.stack(rows) for rows in zip(*(s.history for s in states), strict=True)
-            ]
-            blank = [None] * (scheduler.config.solver_order - len(remembered))
-            scheduler.model_outputs = [*blank, *remembered]
-            scheduler.lower_order_nums = len(remembered)
+            self._remind(view, latents, outputs, states)
         extra: dict[str, Any] = {}
         if view.eta is not None:
             extra["eta"] = view.eta
         if view.draws:
             extra["generator"] = _generators(seeds)
         stepped = scheduler.step(outputs, view.timestep, latents, return_dict=False, **extra)[0]
-        if view.rescale is not None:
+        if view.split is not None:
             noise = randn_tensor(
                 outputs.shape, _generators(seeds), device=outputs.device, dtype=outputs.dtype
             )
             # In single precision, as EulerAncestral does it.
-            stepped = (stepped.float() * view.rescale + noise * view.noise_std).to(stepped.dtype)
+            stepped = (stepped.float() * view.split.rescale + noise * view.noise_std).to(
+                stepped.dtype
+            )
         visited = self._remember((*first.visited, self._begin + first.step_index))
         after = SolverState(first.step_index + action.stride, visited, ())
         if not self._is_multistep:
@@ -366,6 +380,19 @@ class Stepper:
             return stepped, [after] * len(states)
         # Cloned, or one row would keep the memory of all.
         return stepped, [replace(after, history=(row.clone(),)) for row in converted.unbind()]
+
+    def _remind(
+        self, view: _View, latents: Tensor, outputs: Tensor, states: Sequence[SolverState]
+    ) -> None:
+        """Give the multistep solver what it remembers of these samples."""
+        scheduler = view.scheduler
+        remembered = [torch.stack(rows) for rows in zip(*(s.history for s in states), strict=True)]
+        scheduler.lower_order_nums = len(remembered)
+        if view.split is not None:
+            current = scheduler.convert_model_output(outputs, sample=latents)
+            remembered = [current + view.split.shortening * (r - current) for r in remembered]
+        blank = [None] * (scheduler.config.solver_order - len(remembered))
+        scheduler.model_outputs = [*blank, *remembered]
 
     def _view(self, state: SolverState, action: Action) -> _View:
         """The view for one edge; made once, since edges of many samples cross the same points."""
@@ -391,22 +418,24 @@ class Stepper:
         if self._sigmas is None:
             if is_own:
                 std = _ddpm_std(scheduler, timestep)
-                return _View(scheduler, position, timestep, None, bool(timestep > 0), std, None)
+                return _View(scheduler, position, timestep, None, bool(timestep > 0), std)
             share = self.eta if eta is None else float(eta)
             landing = self._ddim_landing(index, stride)
             _land_ddim(scheduler, int(timestep), landing)
             std = share * scheduler._get_variance(int(timestep), landing) ** 0.5
-            return _View(scheduler, position, timestep, share, share > 0, std, None)
+            return _View(scheduler, position, timestep, share, share > 0, std)
 
         scheduler.sigmas = self._sigmas[[*points, self._last]]
-        sigma, target = scheduler.sigmas[position], scheduler.sigmas[position + 1]
+        sigma, target = scheduler.sigmas[position : position + 2].clone()
         up, down = _ancestral_split(sigma, target, 1.0 if is_own else float(eta or 0.0))
         alpha = self._alpha(target)
         if is_own or up == 0:
-            return _View(scheduler, position, timestep, None, is_own, alpha * up, None)
+            return _View(scheduler, position, timestep, None, is_own, alpha * up)
         scheduler.sigmas[position + 1] = down
-        rescale = alpha / self._alpha(down)
-        return _View(scheduler, position, timestep, None, False, alpha * up, rescale)
+        split = _Split(
+            alpha / self._alpha(down), torch.log(sigma / target) / torch.log(sigma / down)
+        )
+        return _View(scheduler, position, timestep, None, False, alpha * up, split)
 
     def _ddim_landing(self, index: int, stride: int) -> int:
         """The timestep that a stride ends at; below 0 it is the finished sample."""
