@@ -33,7 +33,9 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, HfArgumentParser
 
@@ -319,8 +321,6 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_tokens: int) -
     learner.normalizer = empty.backend_tokenizer.normalizer
     learner.pre_tokenizer = empty.backend_tokenizer.pre_tokenizer
     learner.decoder = decoders.ByteLevel()
-    from tokenizers.pre_tokenizers import ByteLevel
-
     letters = sorted(ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=max(vocab_size, 2 + 2 * len(letters)),
@@ -473,10 +473,22 @@ def draw_sheet(pipeline: StableDiffusionPipeline, options: Options) -> Image.Ima
 
 
 def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Saves a pipeline in place of an older one; a killed save leaves the older one."""
+    """Saves a pipeline in half precision in place of an older one, which a killed save leaves.
+
+    The configs go on to say float32, so that the stock loader computes in it unless told.
+    """
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     pipeline.save_pretrained(unfinished)
+    for path in unfinished.glob("*/*.safetensors"):
+        weights = {name: weight.half() for name, weight in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+    # Older transformers read a tokenizer from these two.
+    model = json.loads((unfinished / "tokenizer" / "tokenizer.json").read_text("utf-8"))["model"]
+    (unfinished / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"]), "utf-8")
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    lines = "\n".join(["#version: 0.2", *merges])
+    (unfinished / "tokenizer" / "merges.txt").write_text(f"{lines}\n", "utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.replace(folder)
 
@@ -495,7 +507,9 @@ def main(arguments: list[str] | None = None) -> None:
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=None if options.report_to == "none" else options.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
+        project_config=ProjectConfiguration(
+            project_dir=str(output), logging_dir=str(output / "logs")
+        ),
     )
     output.mkdir(parents=True, exist_ok=True)
     if options.report_to != "none":

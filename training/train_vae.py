@@ -343,7 +343,9 @@ def main(arguments: list[str] | None = None) -> None:
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=None if options.report_to == "none" else options.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
+        project_config=ProjectConfiguration(
+            project_dir=str(output), logging_dir=str(output / "logs")
+        ),
     )
     output.mkdir(parents=True, exist_ok=True)
     if options.report_to != "none":
