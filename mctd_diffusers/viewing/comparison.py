@@ -1,4 +1,4 @@
-"""Searches side by side on the same prompts: samples, scores, trees and what they cost, as files."""
+"""Searches side by side on the same prompts: samples, scores, trees and costs, as files."""
 
 from __future__ import annotations
 
@@ -184,6 +184,17 @@ def file_names(prompts: Sequence[str]) -> list[str]:
     return names
 
 
+def save_picture(column: Column, i: int, path: Path) -> None:
+    """Write one finished sample of a column as PNG, with its recipe where it was searched for."""
+    image = column.images[i]
+    assert image is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if column.search is None:
+        image.save(path)
+    else:
+        save_image_with_recipe(image, column.search[i].recipe, path)
+
+
 def write_comparison(
     columns: Sequence[Column],
     prompts: Sequence[str],
@@ -220,15 +231,10 @@ def write_comparison(
     for column in columns:
         folder = re.sub(r"[^\w.=-]+", "_", column.label)
         for i, name in enumerate(names):
-            image = column.images[i]
-            if image is None:
+            if column.images[i] is None:
                 continue
             picture = output / "images" / folder / f"{name}.png"
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            if column.search is None:
-                image.save(picture)
-            else:
-                save_image_with_recipe(image, column.search[i].recipe, picture)
+            save_picture(column, i, picture)
             on_file(picture)
             if column.search is not None and trees:
                 tree = output / "trees" / folder / f"{name}.png"
