@@ -59,9 +59,11 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def stock_loop(scheduler: Any, latents: Tensor, seeds: list[int], eta: float = 0.0) -> Tensor:
+def stock_loop(
+    scheduler: Any, latents: Tensor, seeds: list[int], eta: float = 0.0, begin: int = 0
+) -> Tensor:
     """The loop of a stock pipeline, whose step `i` draws from a generator seeded by `seeds[i]`."""
-    for i, timestep in enumerate(scheduler.timesteps):
+    for i, timestep in enumerate(scheduler.timesteps[begin:]):
         inputs = scheduler.scale_model_input(latents, timestep)
         output = network(inputs, timestep)
         extra: dict[str, Any] = {"generator": torch.Generator().manual_seed(seeds[i])}
