@@ -6,9 +6,8 @@ caption of a real picture is changed in one fact, and whoever scores it has to n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -17,13 +16,15 @@ from mctd_diffusers.evaluation.scenes import (
     COLOURS,
     MAX_OBJECTS,
     OBJECTS,
-    SceneItem,
     ScenePrompt,
     make_prompt,
 )
 
 Change = Literal["object", "count", "colour", "binding", "position"]
 CHANGES: tuple[Change, ...] = ("object", "count", "colour", "binding", "position")
+
+_Edit: TypeAlias = dict[int, dict[str, Any]] | str
+"""New fields of the groups at these places, or a new relation."""
 
 _OPPOSITES = {
     "to the left of": "to the right of",
@@ -60,56 +61,47 @@ def contradict(
     Raises:
         ConfigError: the prompt has nothing of the kind ``change``.
     """
-    possible = {
-        kind: found
-        for kind in (CHANGES if change is None else (change,))
-        if (found := list(_changed(prompt, kind)))
-    }
+    kinds = CHANGES if change is None else (change,)
+    possible = {kind: found for kind in kinds if (found := _edits(prompt, kind))}
     if not possible:
         raise ConfigError(f"change={change!r}: {prompt.caption()!r} has no such fact to change")
     kind = list(possible)[rng.integers(len(possible))]
-    return Contradiction(kind, possible[kind][rng.integers(len(possible[kind]))])
+    edit = possible[kind][rng.integers(len(possible[kind]))]
+    if isinstance(edit, str):
+        return Contradiction(kind, make_prompt(prompt.items, edit, prompt.style))
+    items = [replace(item, **edit.get(place, {})) for place, item in enumerate(prompt.items)]
+    return Contradiction(kind, make_prompt(items, prompt.relation, prompt.style))
 
 
-def _changed(prompt: ScenePrompt, change: Change) -> Iterator[ScenePrompt]:
-    """Yield every prompt that differs from this one by one change of the kind."""
+def _edits(prompt: ScenePrompt, change: Change) -> list[_Edit]:
+    """List every way to change one fact of the kind: new fields by group, or a new relation."""
     if change == "position":
-        if prompt.relation is not None:
-            yield make_prompt(prompt.items, _OPPOSITES[prompt.relation], prompt.style)
-        return
+        return [] if prompt.relation is None else [_OPPOSITES[prompt.relation]]
     if change == "binding":
-        yield from _swapped(prompt)
-        return
+        return _swaps(prompt)
+    edits: list[_Edit] = []
     for place, item in enumerate(prompt.items):
-        rest = sum(other.count for other in prompt.items) - item.count
-        for changed in _changed_item(prompt, item, change, MAX_OBJECTS - rest):
-            items = [*prompt.items[:place], changed, *prompt.items[place + 1 :]]
-            yield make_prompt(items, prompt.relation, prompt.style)
+        if change == "object":
+            present = {other.noun for other in prompt.items}
+            edits += [{place: {"noun": noun}} for noun in OBJECTS if noun not in present]
+        elif change == "count":
+            rest = sum(other.count for other in prompt.items) - item.count
+            most = MAX_OBJECTS - rest if prompt.relation is None else min(MAX_OBJECTS - rest, 2)
+            # From two: "a cat" is true of a picture with three cats.
+            edits += [{place: {"count": n}} for n in range(2, most + 1) if n != item.count]
+        elif item.colour is not None:
+            edits += [{place: {"colour": colour}} for colour in COLOURS if colour != item.colour]
+    return edits
 
 
-def _changed_item(
-    prompt: ScenePrompt, item: SceneItem, change: Change, most: int
-) -> Iterator[SceneItem]:
-    """Yield the ways to change the noun, the number or the colour of one group."""
-    if change == "object":
-        present = {other.noun for other in prompt.items}
-        yield from (replace(item, noun=noun) for noun in OBJECTS if noun not in present)
-    elif change == "count":
-        most = most if prompt.relation is None else min(most, 2)
-        # From two: "a cat" is true of a picture with three cats.
-        yield from (replace(item, count=n) for n in range(2, most + 1) if n != item.count)
-    elif item.colour is not None:
-        yield from (replace(item, colour=colour) for colour in COLOURS if colour != item.colour)
-
-
-def _swapped(prompt: ScenePrompt) -> Iterator[ScenePrompt]:
-    """Yield the prompt with the colours, or the numbers, of its two groups swapped."""
+def _swaps(prompt: ScenePrompt) -> list[_Edit]:
+    """List the swaps of colours, and of numbers, between two groups."""
     if len(prompt.items) != 2:
-        return
+        return []
     first, second = prompt.items
+    swaps: list[_Edit] = []
     if first.colour is not None and second.colour is not None and first.colour != second.colour:
-        items = (replace(first, colour=second.colour), replace(second, colour=first.colour))
-        yield make_prompt(items, prompt.relation, prompt.style)
+        swaps.append({0: {"colour": second.colour}, 1: {"colour": first.colour}})
     if first.count != second.count:
-        items = (replace(first, count=second.count), replace(second, count=first.count))
-        yield make_prompt(items, prompt.relation, prompt.style)
+        swaps.append({0: {"count": second.count}, 1: {"count": first.count}})
+    return swaps

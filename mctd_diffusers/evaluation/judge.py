@@ -98,7 +98,7 @@ class JudgeReport:
     gold: Float[np.ndarray, " batch"]
     all_right: np.ndarray
     facts: tuple[tuple[Fact, ...], ...]
-    probabilities: tuple[Float[np.ndarray, " facts"], ...]
+    probabilities: tuple[Float[np.ndarray, " _"], ...]
 
 
 class _Block(nn.Module):
@@ -258,30 +258,20 @@ def fact_probability(
         nouns: vocabulary of their ``nouns``.
         colours: vocabulary of their ``colours``, without "natural".
     """
-
-    def present(noun: str, colour: str | None = None) -> Float[np.ndarray, " sightings"]:
-        place = list(nouns).index(noun)
-        tint = None if colour is None else list(colours).index(colour)
-        return np.array(
-            [
-                one.probability * one.nouns[place] * (1.0 if tint is None else one.colours[tint])
-                for one in seen
-            ],
-            dtype=np.float64,
-        )
-
-    named = present(fact.noun)
+    tints = list(colours)
+    named = _present(seen, list(nouns).index(fact.noun))
     if fact.kind == "object":
         return _any(named)
     if fact.kind == "count":
         assert fact.count is not None
         law = poisson_binomial(named)
         return float(law[fact.count]) if fact.count < len(law) else 0.0
-    coloured = present(fact.noun, fact.colour)
+    coloured = _tinted(named, seen, tints, fact.colour)
     if fact.kind == "colour":
         return _any(named) * float(np.prod(1 - (named - coloured)))
     assert fact.other is not None
-    return _position(fact, seen, coloured, present(fact.other, fact.other_colour))
+    others = _present(seen, list(nouns).index(fact.other))
+    return _position(fact, seen, coloured, _tinted(others, seen, tints, fact.other_colour))
 
 
 def poisson_binomial(probabilities: Float[np.ndarray, " events"]) -> Float[np.ndarray, " counts"]:
@@ -364,6 +354,24 @@ def _decode(
         )
         for row, column in zip(rows[order], columns[order], strict=True)
     ]
+
+
+def _present(seen: Sequence[Sighting], noun: int) -> Float[np.ndarray, " sightings"]:
+    """Return for each sighting the probability that it is an object of the noun."""
+    return np.array([one.probability * one.nouns[noun] for one in seen], dtype=np.float64)
+
+
+def _tinted(
+    present: Float[np.ndarray, " sightings"],
+    seen: Sequence[Sighting],
+    colours: Sequence[str],
+    colour: str | None,
+) -> Float[np.ndarray, " sightings"]:
+    """Return the probability that it is such an object and of the colour, if one is named."""
+    if colour is None:
+        return present
+    tint = colours.index(colour)
+    return present * np.array([one.colours[tint] for one in seen], dtype=np.float64)
 
 
 def _any(probabilities: Float[np.ndarray, " events"]) -> float:

@@ -94,26 +94,35 @@ def raw_rewards(
             f"shape {tuple(images.shape[1:])}): call it by itself on such a batch to see the cause",
             handles=handles,
         ) from error
-    return _checked_form(answer, name, len(images), handles)
-
-
-def _checked_form(
-    answer: Any, name: str, batch: int, handles: Sequence[int]
-) -> Float[np.ndarray, " batch"]:
-    """Return the answer of a reward as float64 ``[batch]``, or say what is wrong with it."""
-
-    def refuse(found: str, cure: str) -> RewardError:
-        return RewardError(
-            f"reward '{name}' answered with {found} for {batch} images, "
-            f"expected {batch} numbers: {cure}",
+    try:
+        return _to_array(answer, len(images))
+    except _WrongFormError as error:
+        raise RewardError(
+            f"reward '{name}' answered with {error} for {len(images)} images, expected "
+            f"{len(images)} numbers: {error.cure}",
             handles=handles,
-        )
+        ) from None
 
+
+class _WrongFormError(Exception):
+    """What an answer is, and the cure; `raw_rewards` adds who answered and to what."""
+
+    def __init__(self, found: str, cure: str) -> None:
+        super().__init__(found)
+        self.cure = cure
+
+
+def _to_array(answer: Any, batch: int) -> Float[np.ndarray, " batch"]:
+    """Return the answer of a reward as float64 ``[batch]``.
+
+    Raises:
+        _WrongFormError: it is not that many real numbers.
+    """
     parts = [answer] if isinstance(answer, Tensor) else answer
     if isinstance(parts, list | tuple) and any(
         isinstance(part, Tensor) and part.requires_grad for part in parts
     ):
-        raise refuse(
+        raise _WrongFormError(
             "a tensor that carries gradients",
             "return `rewards.detach()`, or decorate the reward with `@torch.no_grad()`",
         )
@@ -124,19 +133,20 @@ def _checked_form(
     elif isinstance(answer, list | tuple):
         if not all(_is_number(part) for part in answer):
             strange = next(type(part).__name__ for part in answer if not _is_number(part))
-            raise refuse(f"a {type(answer).__name__} holding a {strange}", "return plain floats")
+            raise _WrongFormError(
+                f"a {type(answer).__name__} holding a {strange}", "return plain floats"
+            )
         values = np.array([float(part) for part in answer], dtype=np.float64)
     else:
-        raise refuse(f"a {type(answer).__name__}", "return a tensor, an array or a list of floats")
-    if values.dtype.kind not in "fiub":
-        raise refuse(f"an array of {values.dtype}", "return real numbers")
-    if values.shape != (batch,):
-        cure = (
-            "squeeze the last axis"
-            if values.shape == (batch, 1)
-            else "return one score for each image, in the order of the images"
+        raise _WrongFormError(
+            f"a {type(answer).__name__}", "return a tensor, an array or a list of floats"
         )
-        raise refuse(f"shape {tuple(values.shape)}", cure)
+    if values.dtype.kind not in "fiub":
+        raise _WrongFormError(f"an array of {values.dtype}", "return real numbers")
+    if values.shape != (batch,):
+        is_column = values.shape == (batch, 1)
+        cure = "squeeze the last axis" if is_column else "return one score for each, in their order"
+        raise _WrongFormError(f"shape {tuple(values.shape)}", cure)
     return values.astype(np.float64)
 
 

@@ -307,5 +307,6 @@ def _read_preprocessor(folder_or_repo: str, hub_arguments: dict[str, Any]) -> di
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error's text, without its full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+    """Return the first line of an error's text, without what to look up on the Hub."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.split(". Checkout ")[0].rstrip(". ")

@@ -48,7 +48,7 @@ def test_every_usual_form_of_three_numbers_is_taken(answer: Any) -> None:
 
 
 WRONG_FORMS = [
-    (torch.zeros(2), r"shape \(2,\) for 3 images.*one score for each image"),
+    (torch.zeros(2), r"shape \(2,\) for 3 images.*one score for each"),
     (torch.zeros(3, 1), r"shape \(3, 1\).*squeeze"),
     (torch.tensor(1.0), r"shape \(\)"),
     ([1.0, 2.0], r"shape \(2,\)"),

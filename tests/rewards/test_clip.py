@@ -135,5 +135,9 @@ def test_what_is_no_clip_folder_is_refused_in_one_sentence(
     (tmp_path / "clip" / PREPROCESSOR_FILE).unlink()
     with pytest.raises(ConfigError, match=PREPROCESSOR_FILE):
         ClipReward.from_pretrained(tmp_path / "clip")
+
+
+def test_an_unknown_scale_is_refused(tiny_clip_reward: ClipReward) -> None:
+    parts = (tiny_clip_reward.model, tiny_clip_reward.tokenizer, tiny_clip_reward.preprocessing)
     with pytest.raises(ConfigError, match="scale='log'"):
-        ClipReward.from_pretrained(tmp_path / "clip", scale="log")
+        ClipReward(*parts, scale="log")
