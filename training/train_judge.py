@@ -128,6 +128,13 @@ class StopRequest:
     def _set(self, number: int, frame: object) -> None:
         self.is_set = True
 
+    def is_agreed(self, accelerator: Accelerator) -> bool:
+        """Says whether any process was asked to stop; all of them call it once a step."""
+        if accelerator.num_processes == 1:
+            return self.is_set
+        flags = accelerator.gather(torch.tensor([self.is_set], device=accelerator.device))
+        return bool(flags.any())
+
 
 def checkpoints(output: Path) -> list[Path]:
     """Lists the whole checkpoints of a run, oldest first."""
@@ -392,7 +399,8 @@ def main(arguments: list[str] | None = None) -> None:
     share = (accelerator.process_index, accelerator.num_processes)
     batches = batch_indices(len(data), num_own * share[1], options.seed, step)
     progress = tqdm(total=options.max_train_steps, initial=step, desc="judge", mininterval=10)
-    while step < options.max_train_steps and not stop.is_set:
+    is_stopping = False
+    while step < options.max_train_steps and not is_stopping:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 step,
@@ -406,11 +414,11 @@ def main(arguments: list[str] | None = None) -> None:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         rows = next(batches)[share[0] :: share[1]]
         images, placed = [load_pictures(data, rows, options) / 2 + 0.5], [scenes[r] for r in rows]
-        if rounds is not None:
+        if num_rounds:
             drawn = rng.integers(len(rounds[1]), size=num_rounds).tolist()
             images.append(rounds[0][drawn].float() / 255)
             placed += [scenes[rounds[1][place]] for place in drawn]
-        if blanks is not None:
+        if num_blank:
             drawn = rng.integers(len(blanks), size=num_blank).tolist()
             images.append(load_pictures(blanks, drawn, options) / 2 + 0.5)
             placed += [[] for _ in drawn]
@@ -432,6 +440,7 @@ def main(arguments: list[str] | None = None) -> None:
         optimizer.zero_grad()
         ema.step(trained)
         step += 1
+        is_stopping = stop.is_agreed(accelerator)
         progress.update()
 
         if step % 20 == 0:
@@ -450,16 +459,16 @@ def main(arguments: list[str] | None = None) -> None:
             accelerator.log(figures, step=step)
             text = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
             logger.info("step %d: loss %.3f, %s", step, loss.item(), text)
-        if is_last or stop.is_set or step % options.checkpointing_steps == 0:
+        if is_last or is_stopping or step % options.checkpointing_steps == 0:
             save_checkpoint(accelerator, output, step, options.checkpoints_total_limit)
     progress.close()
 
     # Save.
-    if stop.is_set and step < options.max_train_steps:
+    if is_stopping and step < options.max_train_steps:
         logger.info("stopped at step %d; go on with --resume_from_checkpoint latest", step)
     ema.copy_to(trained)
     if accelerator.is_main_process:
-        judge.to(torch.float16, memory_format=torch.contiguous_format)
+        judge.half().to(memory_format=torch.contiguous_format)
         judge.save_pretrained(output / "judge")
         logger.info("saved %s", output / "judge")
     accelerator.end_training()

@@ -145,6 +145,13 @@ class StopRequest:
     def _set(self, number: int, frame: object) -> None:
         self.is_set = True
 
+    def is_agreed(self, accelerator: Accelerator) -> bool:
+        """Says whether any process was asked to stop; all of them call it once a step."""
+        if accelerator.num_processes == 1:
+            return self.is_set
+        flags = accelerator.gather(torch.tensor([self.is_set], device=accelerator.device))
+        return bool(flags.any())
+
 
 def checkpoints(output: Path) -> list[Path]:
     """Lists the whole checkpoints of a run, oldest first."""
@@ -529,7 +536,8 @@ def main(arguments: list[str] | None = None) -> None:
     share = (accelerator.process_index, accelerator.num_processes)
     batches = batch_indices(len(data), num_own * share[1], options.seed, step)
     progress = tqdm(total=options.max_train_steps, initial=step, desc="reward", mininterval=10)
-    while step < options.max_train_steps and not stop.is_set:
+    is_stopping = False
+    while step < options.max_train_steps and not is_stopping:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 step,
@@ -544,10 +552,10 @@ def main(arguments: list[str] | None = None) -> None:
         rows = next(batches)[share[0] :: share[1]]
         like = [members[groups[row]] for row in rng.choice(rows, size=num_like)]
         parts = [read_examples(data, [*rows, *(int(rng.choice(near)) for near in like)], options)]
-        if extra is not None:
+        if num_extra:
             drawn = rng.integers(len(extra), size=num_extra).tolist()
             parts.append(read_examples(extra, drawn, options))
-        if rounds is not None:
+        if num_rounds:
             drawn = rng.integers(len(rounds[1]), size=num_rounds).tolist()
             sources = [rounds[1][place] for place in drawn]
             parts.append(
@@ -587,6 +595,7 @@ def main(arguments: list[str] | None = None) -> None:
         optimizer.zero_grad()
         ema.step(trained)
         step += 1
+        is_stopping = stop.is_agreed(accelerator)
         progress.update()
 
         if step % 20 == 0:
@@ -607,12 +616,12 @@ def main(arguments: list[str] | None = None) -> None:
             accelerator.log(figures, step=step)
             text = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
             logger.info("step %d: contrast %.3f, %s", step, contrast.item(), text)
-        if is_last or stop.is_set or step % options.checkpointing_steps == 0:
+        if is_last or is_stopping or step % options.checkpointing_steps == 0:
             save_checkpoint(accelerator, output, step, options.checkpoints_total_limit)
     progress.close()
 
     # Save.
-    if stop.is_set and step < options.max_train_steps:
+    if is_stopping and step < options.max_train_steps:
         logger.info("stopped at step %d; go on with --resume_from_checkpoint latest", step)
     ema.copy_to(trained)
     if accelerator.is_main_process:
