@@ -170,6 +170,14 @@ def test_training_script_imports_no_sibling(path: Path) -> None:
         assert not imported.startswith("mctd_diffusers._training")
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_every_protocol_can_be_checked_while_tests_run(module: str) -> None:
+    for node in ast.walk(ast.parse(path_of(module).read_text("utf-8"))):
+        if isinstance(node, ast.ClassDef) and "Protocol" in map(ast.unparse, node.bases):
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            assert "runtime_checkable" in decorators, f"{module}.{node.name}: @runtime_checkable"
+
+
 @pytest.mark.parametrize("room", ["mctd_diffusers", "training", "pipelines", "tests", "docs"])
 def test_the_project_stands_alone(room: str) -> None:
     # Names of notes that whoever installs the project does not have.
