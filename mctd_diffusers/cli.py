@@ -240,10 +240,7 @@ def _load_pipeline(
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    # Weights are often saved in half precision, which is no faster on a CPU and less exact.
-    chosen: dict[str, Any] = {"torch_dtype": torch.float32}
-    if reward is not None:
-        chosen["reward_model"] = reward
+    chosen = {} if reward is None else {"reward_model": reward}
     folder = EMBEDDED_MODEL if model == "embedded" else model
     try:
         pipe = MCTDPipeline.from_pretrained(folder, **chosen)
@@ -254,10 +251,12 @@ def _load_pipeline(
     if scheduler is not None:
         pipe.scheduler = _make_scheduler(scheduler, pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # Weights are often saved in half precision, which a CPU is slow at.
+        return pipe.to(device=where, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} cannot be used: {_first_line(error)}") from error
+        raise ConfigError(f"device {where!r} cannot be used: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -457,7 +456,9 @@ def generate(
             _save_partial(error, texts, output)
             raise
         about = _about("generate", model, call, seed)
-        _write_generated(pipe, column, texts, output, about=about, trees=trees, saved=saved)
+        _write_generated(
+            pipe, column, texts, output, call=call, about=about, trees=trees, saved=saved
+        )
         for i, path in enumerate(saved[: len(texts)]):
             found = column.rewards[i]
             scored = "" if found is None else f"  reward {found:.4g}"
@@ -474,6 +475,7 @@ def _write_generated(
     prompts: Sequence[str],
     output: Path,
     *,
+    call: dict[str, Any],
     about: dict[str, Any],
     trees: bool,
     saved: list[Path],
@@ -493,7 +495,7 @@ def _write_generated(
         if column.images[i] is not None:
             saved.append(output / f"{name}.png")
             save_picture(column, i, saved[-1])
-    report = comparison_report([column], prompts, about, _prices(pipe, column))
+    report = comparison_report([column], prompts, about, _prices(pipe, column, call))
     saved.append(output / "result.json")
     saved[-1].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for i, name in enumerate(names):
@@ -520,18 +522,15 @@ def _save_partial(error: SearchError, prompts: Sequence[str], output: Path) -> N
         _say(f"{kept} pictures that were finished before the error are in {output}")
 
 
-def _prices(pipe: MCTDPipeline, column: Column) -> Any:
+def _prices(pipe: MCTDPipeline, column: Column, call: dict[str, Any]) -> Any:
     """The price list of a search: as it was measured for it, else measured now."""
     from mctd_diffusers.search.environment import Prices
 
-    if column.ledger is None:
-        return Prices()
-    if column.ledger.prices != Prices() or column.search is None:
-        return column.ledger.prices
-    recipe = column.search[0].settings
-    return pipe.estimate(
-        recipe["prompt"], num_inference_steps=2, search="best_of_n", compute=1.0
-    ).prices
+    if column.ledger is None or column.ledger.prices != Prices():
+        return Prices() if column.ledger is None else column.ledger.prices
+    kept = ("num_inference_steps", "guidance_scale", "rows_per_call", "search_scheduler")
+    arguments = {name: call[name] for name in kept}
+    return pipe.estimate("a picture", search="best_of_n", compute=1.0, **arguments).prices
 
 
 def _compare(
@@ -575,7 +574,7 @@ def _compare(
         title=f"{call['num_inference_steps']} steps, guidance {call['guidance_scale']:g}, "
         f"{_budget_in_words(call)}, seed {seed}",
         about=about,
-        prices=_prices(pipe, searched[0]) if searched else Prices(),
+        prices=_prices(pipe, searched[0], call) if searched else Prices(),
         trees=trees,
         on_file=saved.append,
     )
@@ -731,7 +730,7 @@ def read_prompts(source: str, limit: int | None) -> tuple[str, ...]:
         from mctd_diffusers.evaluation.model_report import by_turns
         from mctd_diffusers.evaluation.scenes import load_prompts
 
-        scenes = load_prompts(source)  # type: ignore[arg-type]  # one of the two names
+        scenes = load_prompts(source)
         return tuple(s.caption() for s in (by_turns(scenes)[:limit] if limit else scenes))
     try:
         lines = Path(source).read_text("utf-8").splitlines()

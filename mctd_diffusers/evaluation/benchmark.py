@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import mctd_diffusers
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.benchmark_report import (
+    REFERENCE,
     BenchReport,
     BenchSettings,
     Cell,
@@ -35,7 +36,7 @@ from mctd_diffusers.evaluation.benchmark_report import (
     markdown,
 )
 from mctd_diffusers.pipeline import MCTDPipeline
-from mctd_diffusers.search.environment import Counts
+from mctd_diffusers.search.environment import Counts, Prices
 
 
 class Drawn(NamedTuple):
@@ -47,6 +48,7 @@ class Drawn(NamedTuple):
         nfe: evaluations spent on each image.
         cost: row-equivalents spent on each image.
         counts: useful work and padding of the whole call.
+        prices: of a decode, a preview and a reward call, in row-equivalents.
         seconds: wall-clock seconds by phase.
         cpu: CPU seconds by phase ("network", "decode", "preview", "reward", "encode") and "total".
         stop_reasons: how many searches ended for which reason.
@@ -57,6 +59,7 @@ class Drawn(NamedTuple):
     nfe: Sequence[int]
     cost: Sequence[float]
     counts: Counts
+    prices: Prices
     seconds: Mapping[str, float]
     cpu: Mapping[str, float]
     stop_reasons: Mapping[str, int]
@@ -210,6 +213,7 @@ def _judged(
         nfe=[int(nfe) for nfe in drawn.nfe],
         cost=[float(cost) for cost in drawn.cost],
         counts=asdict(drawn.counts),
+        prices=asdict(drawn.prices),
         seconds={**drawn.seconds, "call": seconds},
         cpu=dict(drawn.cpu),
         stop_reasons=dict(drawn.stop_reasons),
@@ -235,26 +239,28 @@ def pipeline_draw(pipe: MCTDPipeline, settings: BenchSettings) -> DrawFn:
             'MCTDPipeline.from_pretrained(..., reward_model="clip") or another'
         )
     reward = pipe.reward_model
-    warm = False
+    prices: Prices | None = None
 
     def draw(search: Any, compute: int, seed: int) -> Drawn:
-        nonlocal warm
-        if not warm:  # first calls load code and measure prices, which is no search's overhead
-            _call(pipe, settings.prompts[:1], settings, reward, search, compute, seed)
-            warm = True
+        nonlocal prices
+        if prices is None:  # measuring also loads what is loaded once, which is nobody's overhead
+            prices = pipe.estimate(
+                **_arguments(settings.prompts[:1], settings, REFERENCE, 1, seed)
+            ).prices
         with cpu_by_phase(pipe) as cpu:
             timed = TimedReward(reward, cpu)
-            output = _call(pipe, settings.prompts, settings, timed, search, compute, seed)
+            arguments = _arguments(settings.prompts, settings, search, compute, seed)
+            output = pipe(**arguments, reward_model=timed)
         reasons = Counter(found.stop_reason for found in output.search)
         if reasons["interrupted"]:
             raise KeyboardInterrupt
-        prices = output.ledger.prices
         return Drawn(
             images=output.images,
             rewards=output.rewards,
             nfe=output.nfe,
             cost=[prices.cost(found.spent) for found in output.search],
             counts=output.ledger.total,
+            prices=prices,
             seconds=output.ledger.seconds,
             cpu=cpu,
             stop_reasons=reasons,
@@ -263,26 +269,20 @@ def pipeline_draw(pipe: MCTDPipeline, settings: BenchSettings) -> DrawFn:
     return draw
 
 
-def _call(
-    pipe: MCTDPipeline,
-    prompts: Sequence[str],
-    settings: BenchSettings,
-    reward: Any,
-    search: Any,
-    compute: int,
-    seed: int,
-) -> Any:
-    return pipe(
-        list(prompts),
-        num_inference_steps=settings.num_steps,
-        guidance_scale=settings.guidance_scale,
-        generator=[torch.Generator().manual_seed(image_seed(p, seed)) for p in prompts],
-        output_type="pt",
-        search=search,
-        compute=float(compute),
-        reward_model=reward,
-        rows_per_call=settings.rows_per_call,
-    )
+def _arguments(
+    prompts: Sequence[str], settings: BenchSettings, search: Any, compute: int, seed: int
+) -> dict[str, Any]:
+    """Arguments of the pipeline's call."""
+    return {
+        "prompt": list(prompts),
+        "num_inference_steps": settings.num_steps,
+        "guidance_scale": settings.guidance_scale,
+        "generator": [torch.Generator().manual_seed(image_seed(p, seed)) for p in prompts],
+        "output_type": "pt",
+        "search": search,
+        "compute": float(compute),
+        "rows_per_call": settings.rows_per_call,
+    }
 
 
 class TimedReward:

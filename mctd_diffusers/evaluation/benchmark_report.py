@@ -115,6 +115,7 @@ class Cell:
         nfe: evaluations spent.
         cost: row-equivalents spent.
         counts: useful work and padding of the call.
+        prices: of a decode, a preview and a reward call, in row-equivalents, as measured.
         seconds: wall-clock seconds by phase, and "call" for all of it.
         cpu: CPU seconds by phase, and "total".
         stop_reasons: how many searches ended for which reason.
@@ -130,6 +131,7 @@ class Cell:
     nfe: list[int]
     cost: list[float]
     counts: dict[str, int]
+    prices: dict[str, float]
     seconds: dict[str, float]
     cpu: dict[str, float]
     stop_reasons: dict[str, int]
@@ -223,6 +225,7 @@ class BenchReport:
         rows: plain first, then by budget.
         verdicts: one for each method but the reference.
         machine: where it ran.
+        prices: of a decode, a preview and a reward call, in row-equivalents, as measured.
         rule: in words, what the verdicts mean.
     """
 
@@ -230,6 +233,7 @@ class BenchReport:
     rows: tuple[Row, ...]
     verdicts: tuple[Verdict, ...]
     machine: dict[str, str]
+    prices: dict[str, float]
     rule: str = field(default=RULE)
 
 
@@ -273,7 +277,7 @@ def compare_cells(cells: Sequence[Cell], settings: BenchSettings) -> BenchReport
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    return BenchReport(described, rows, verdicts, machine)
+    return BenchReport(described, rows, verdicts, machine, dict(cells[-1].prices))
 
 
 def _by_prompt(group: Sequence[Cell], name: str) -> Float[np.ndarray, " prompts"]:
@@ -362,7 +366,8 @@ def markdown(report: BenchReport) -> str:
             ],
         ),
         "",
-        f"Machine: {', '.join(f'{name} {what}' for name, what in report.machine.items())}.",
+        f"Machine: {', '.join(f'{name} {what}' for name, what in report.machine.items())}. "
+        f"Prices in rows: {', '.join(f'{what} {price:.2f}' for what, price in report.prices.items())}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -27,7 +27,7 @@ from mctd_diffusers.evaluation.benchmark_report import (
 )
 from mctd_diffusers.evaluation.metrics import Interval
 from mctd_diffusers.evaluation.scenes import load_prompts
-from mctd_diffusers.search.environment import Counts
+from mctd_diffusers.search.environment import Counts, Prices
 
 PROMPTS = tuple(prompt.caption() for prompt in load_prompts("tune")[::10])
 SETTINGS = BenchSettings(
@@ -58,6 +58,7 @@ class Sampler:
             nfe=[nfe] * len(PROMPTS),
             cost=[2.5 * nfe] * len(PROMPTS),
             counts=Counts(nfe=nfe * len(PROMPTS), rows=1920 * compute, padded_rows=80 * compute),
+            prices=Prices(decode=3.0, preview=0.3, reward_call=0.1),
             seconds={"network": 1.0},
             cpu=CPU,
             stop_reasons={"budget": len(PROMPTS)},
@@ -259,6 +260,6 @@ def test_cpu_seconds_are_metered_by_phase() -> None:
 def test_overhead_counts_useful_rows_only() -> None:
     cell = Cell(
         "mctd", 4, 0, {}, [], [], [], [], [],
-        counts={"rows": 50, "padded_rows": 50}, seconds={}, cpu={**CPU}, stop_reasons={},
+        counts={"rows": 50, "padded_rows": 50}, prices={}, seconds={}, cpu={**CPU}, stop_reasons={},
     )  # fmt: skip
     assert cell.overhead_share == pytest.approx(0.5 / (0.5 + 4.0 + 2.0))

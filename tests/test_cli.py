@@ -1,0 +1,433 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mctd_diffusers import cli
+from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.evaluation import judge as judges
+from mctd_diffusers.evaluation.judge import SceneJudge
+from mctd_diffusers.pipeline import MCTDPipeline
+from mctd_diffusers.results import read_recipe
+from mctd_diffusers.rewards import resolving
+from mctd_diffusers.rewards.calls import to_pil
+from tests.pipelines import tiny
+
+QUICK = ["--steps", "4", "--compute", "2", "--rows-per-call", "2"]
+PROMPT = "two blue cars"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a reward and a preview decoder, as a folder."""
+    folder = tmp_path_factory.mktemp("model")
+    pipe = MCTDPipeline.from_pipe(
+        tiny.make_stock(),
+        reward_model=tiny.make_clip_reward(),
+        preview_vae=tiny.make_preview_vae(),
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def box(
+    model: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The tiny model and an untrained judge in the place of those in the box."""
+    folder = tmp_path_factory.mktemp("judge")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        SceneJudge(channels=(8, 8, 8)).save_pretrained(folder)
+    load = judges.load_judge
+    monkeypatch.setattr(cli, "EMBEDDED_MODEL", str(model))
+    monkeypatch.setattr(judges, "EMBEDDED_JUDGE", folder)
+    monkeypatch.setattr(judges, "load_judge", lambda: load(folder))
+    return model
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 1) -> str:
+    """The one message in which a command ends."""
+    code, out, err = run(capsys, *arguments)
+    lines = [line for line in err.splitlines() if not line.startswith("... ")]
+    assert code == status, err
+    assert len(lines) == 1, err
+    assert lines[0].startswith("mctd: ")
+    assert "Traceback" not in err
+    assert not out
+    return lines[0].removeprefix("mctd: ")
+
+
+# --- what the commands make ---
+
+
+def test_generate_writes_pictures_with_recipes_that_make_them_again(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    status, out, err = run(
+        capsys, "generate", PROMPT, "a cup", "--model", model, "--output", tmp_path / "new",
+        "--search", "best_of_n", "--images-per-prompt", 2, "--seed", 5, "--trees", *QUICK,
+    )  # fmt: skip
+    assert status == 0, err
+    names = ["two-blue-cars-0", "two-blue-cars-1", "a-cup-0", "a-cup-1"]
+    for name in names:
+        assert str(tmp_path / "new" / f"{name}.png") in out
+        assert (tmp_path / "new" / f"{name}-tree.png").is_file()
+    result = json.loads((tmp_path / "new" / "result.json").read_text())
+    images = result["searches"]["best_of_n"]["images"]
+    assert [image["prompt"] for image in images] == [PROMPT, PROMPT, "a cup", "a cup"]
+    assert [image["nfe"] for image in images] == [8] * 4
+    ledger = result["searches"]["best_of_n"]["ledger"]
+    assert ledger["nfe"] == 32
+    assert ledger["cost"] > ledger["rows"] == 64
+    pipe = MCTDPipeline.from_pretrained(model)
+    for name, image in zip(names, images, strict=True):
+        replay = pipe.replay(read_recipe(tmp_path / "new" / f"{name}.png"))
+        with Image.open(tmp_path / "new" / f"{name}.png") as picture:
+            assert picture.tobytes() == replay.images[0].tobytes()
+        assert replay.reward == pytest.approx(image["reward"], abs=1e-5)
+
+
+def test_generate_without_a_search_is_the_stock_picture(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    status, _, err = run(
+        capsys, "generate", PROMPT, "--model", model, "--output", tmp_path, "--search", "none",
+        "--steps", 4, "--seed", 5,
+    )  # fmt: skip
+    assert status == 0, err
+    stock = tiny.make_stock()(
+        [PROMPT],
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        generator=[torch.Generator().manual_seed(5)],
+        output_type="pt",
+    ).images
+    with Image.open(tmp_path / "two-blue-cars.png") as picture:
+        assert picture.tobytes() == to_pil(stock)[0].tobytes()
+
+
+def test_compare_puts_searches_side_by_side(
+    capsys: pytest.CaptureFixture[str], box: Path, tmp_path: Path
+) -> None:
+    status, out, err = run(
+        capsys, "compare", PROMPT, "a castle at night", "--output", tmp_path, "--search",
+        "none,best_of_n,beam:width=2:candidates=1", "--no-trees", *QUICK,
+    )  # fmt: skip
+    assert status == 0, err
+    assert "1 of 1" in out or "0 of 1" in out  # the judge cannot read the second prompt
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["model"] == "embedded"
+    searches = result["searches"]
+    assert list(searches) == ["none", "best_of_n", "beam:width=2:candidates=1"]
+    for found in searches.values():
+        read, unread = found["images"]
+        assert 0 <= read["gold"] <= 1
+        assert "gold" not in unread
+        assert isinstance(unread["reward"], float)
+    assert searches["none"]["ledger"] is None
+    plain, best = searches["none"]["images"], searches["best_of_n"]["images"]
+    assert all(b["reward"] >= p["reward"] - 1e-4 for p, b in zip(plain, best, strict=True))
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 800
+    pictures = sorted(path.relative_to(tmp_path / "images") for path in tmp_path.rglob("*/*/*.png"))
+    assert len(pictures) == 6
+    assert not (tmp_path / "trees").exists()
+
+
+def test_demo_draws_one_prompt_of_each_kind_with_trees(
+    capsys: pytest.CaptureFixture[str], box: Path, tmp_path: Path
+) -> None:
+    status, out, err = run(
+        capsys, "demo", "--output", tmp_path, "--steps", 4, "--compute", 2, "--seed", 1
+    )
+    assert status == 0, err
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert list(result["searches"]) == ["none", "mctd"]
+    assert len(result["searches"]["mctd"]["images"]) == 6
+    assert len(list((tmp_path / "trees" / "mctd").glob("*.png"))) == 6
+    for name in ("sheet.png", "result.json", "trees"):
+        assert str(tmp_path / name) in out
+
+
+def test_bench_prints_a_verdict_and_goes_on_where_it_was(
+    capsys: pytest.CaptureFixture[str], box: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        "bench", "--prompts", "tune", "--limit", 6, "--compute", "2,3", "--search", "beam",
+        "--steps", 3, "--scale", 4, "--rows-per-call", 3, "--output", tmp_path,
+    ]  # fmt: skip
+    status, out, err = run(capsys, *arguments)
+    assert status == 0, err
+    assert "beam passes" in out or "beam does not pass" in out
+    assert "[6/6] best_of_n-c4-s0" in err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["method"], row["compute"]) for row in results["rows"]] == [
+        ("plain", 1), ("best_of_n", 2), ("beam", 2), ("best_of_n", 3), ("beam", 3),
+        ("best_of_n", 4),
+    ]  # fmt: skip
+    assert all(row["nfe"] <= 3 * row["compute"] for row in results["rows"])
+    assert all(len(row["by_kind"]) == 6 for row in results["rows"])
+    assert results["rows"][0]["cost"] > 6  # the decode and the reward have their price
+    status, again, err = run(capsys, *arguments)
+    assert status == 0
+    assert err.count("was there") == 6
+    assert again == out
+
+
+def test_evaluate_model_prints_the_report(
+    capsys: pytest.CaptureFixture[str],
+    box: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mctd_diffusers.evaluation import model_report
+
+    seen: dict[str, Any] = {}
+
+    def evaluate(pipe: Any, output: Path, **arguments: Any) -> dict[str, Any]:
+        seen.update(arguments, output=output, pipe=pipe)
+        return {}
+
+    monkeypatch.setattr(model_report, "evaluate_model", evaluate)
+    monkeypatch.setattr(model_report, "format_report", lambda report: "the report")
+    status, out, err = run(capsys, "evaluate-model", "--output", tmp_path, "--steps", 8)
+    assert status == 0, err
+    assert out.startswith("the report\n")
+    assert seen["num_inference_steps"] == 8
+    assert seen["reward"] is seen["pipe"].reward_model
+
+
+# --- what goes wrong ---
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ("best_off_n", "no search is named 'best_off_n'.*best_of_n"),
+        ("beam:depth=2", "'depth=2' is no setting of beam; .* width"),
+        ("beam:width", "'width' is no setting of beam"),
+        ("beam:width=0", "width is 0"),
+        ("none:width=2", "'none'.* has no settings"),
+        ("beam,beam", "named twice"),
+        (",", "no search in ','"),
+    ],
+)
+def test_a_wrong_search_is_refused(
+    capsys: pytest.CaptureFixture[str], search: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cli.parse_searches(search)
+    assert fails(capsys, "compare", PROMPT, "--search", search)
+
+
+def test_a_search_with_settings_is_read() -> None:
+    label, strategy = cli.parse_search("beam:width=2:branch_eta=0.5")
+    assert label == "beam:width=2:branch_eta=0.5"
+    assert (strategy.width, strategy.branch_eta) == (2, 0.5)
+    assert cli.parse_searches("none, best_of_n") == [("none", None), ("best_of_n", "best_of_n")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--reward", "pickscor"], "unknown reward 'pickscor': did you mean 'pickscore'"),
+        (["--compute", "0.5"], "cannot finish one sample|less than one"),
+        (["--nfe-budget", "3"], "3 NFE cannot finish one sample.* at least 4"),
+        (["--cost-budget", "0.1"], "0.1 row-equivalents cannot finish one sample"),
+        (["--compute", "-1"], "compute=-1"),
+        (["--compute", "2", "--nfe-budget", "8"], "give one of them"),
+        (["--time-budget", "0"], "time_budget_s=0"),
+        (["--scheduler", "pndm"], "no scheduler is named 'pndm'"),
+        (["--scheduler", "eulr"], "did you mean 'euler'"),
+        (["--scheduler", "PNDMScheduler"], "PNDMScheduler"),
+        (["--device", "abacus"], "device 'abacus' cannot be used"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+    model: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    given = ["--model", model] if "--model" not in arguments else []
+    said = fails(capsys, "generate", PROMPT, "--steps", 4, "--output", tmp_path, *given, *arguments)
+    with pytest.raises(ConfigError, match=message):
+        raise ConfigError(said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_reward_is_told_how_to_get_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny.make_stock().save_pretrained(tmp_path / "stock")
+    arguments = ["--model", tmp_path / "stock", "--output", tmp_path / "out", *QUICK]
+    status, _, err = run(capsys, "generate", PROMPT, *arguments)
+    assert status == 1
+    assert "a search needs a reward" in err
+    assert "Traceback" not in err
+    status, _, err = run(capsys, "generate", PROMPT, "--reward", "brightness", *arguments)
+    assert status == 0, err
+
+
+def test_a_broken_model_folder_is_said_in_one_sentence(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(model, tmp_path / "model")
+    arguments = ["generate", PROMPT, "--model", broken, "--output", tmp_path / "out"]
+    for weights in (broken / "unet").glob("*.safetensors"):
+        weights.unlink()
+    assert "cannot be loaded" in fails(capsys, *arguments)
+    (broken / "model_index.json").write_text("{")
+    assert "no pipeline could be read" in fails(capsys, *arguments)
+
+
+def test_an_output_that_is_no_folder_is_refused(
+    capsys: pytest.CaptureFixture[str], box: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for command in (["generate", PROMPT], ["compare", PROMPT], ["demo"], ["bench"]):
+        said = fails(capsys, *command, "--output", tmp_path / "file")
+        assert "cannot be used" in said
+
+
+def test_gold_that_is_asked_for_needs_a_prompt_that_the_judge_reads(
+    capsys: pytest.CaptureFixture[str], box: Path, tmp_path: Path
+) -> None:
+    said = fails(capsys, "compare", "a castle", "--gold", "--output", tmp_path)
+    assert "the judge cannot read it" in said
+    (tmp_path / "prompts.txt").write_text("two blue cars\n\na castle\n")
+    bench = ["bench", "--output", tmp_path, "--prompts"]
+    assert "castle" in fails(capsys, *bench, tmp_path / "prompts.txt")
+    assert "neither 'tune' nor 'report'" in fails(capsys, *bench, "reprot")
+
+
+def test_a_missing_judge_is_said(
+    capsys: pytest.CaptureFixture[str],
+    box: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(judges, "EMBEDDED_JUDGE", tmp_path / "nothing")
+    real = judges.SceneJudge.from_pretrained
+    monkeypatch.setattr(judges, "load_judge", lambda: real(tmp_path / "nothing"))
+    assert "judge" in fails(capsys, "demo", "--output", tmp_path)
+    assert cli._gold_function([PROMPT], None) is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate"],
+        ["generate", PROMPT, "--steps", "many"],
+        ["generate", PROMPT, "--steps", "0"],
+        ["generate", PROMPT, "--nope"],
+        ["paint"],
+    ],
+)
+def test_an_argument_that_cannot_be_read_exits_with_two(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert fails(capsys, *arguments, status=2)
+
+
+@pytest.mark.parametrize("compute", ["4,eight", ","])
+def test_budgets_of_a_bench_are_whole_numbers(
+    capsys: pytest.CaptureFixture[str], compute: str
+) -> None:
+    assert "whole number" in fails(capsys, "bench", "--compute", compute)
+
+
+def test_a_reward_that_fails_leaves_what_was_finished(
+    capsys: pytest.CaptureFixture[str],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def tiring(images: torch.Tensor, prompts: list[str]) -> list[float]:
+        calls.append(len(prompts))
+        if len(calls) > 1:
+            raise RuntimeError("out of ink")
+        return [1.0] * len(prompts)
+
+    monkeypatch.setitem(resolving._NAMED_REWARDS, "tiring", lambda: tiring)
+    status, _, err = run(
+        capsys, "generate", PROMPT, "--model", model, "--reward", "tiring", "--output", tmp_path,
+        "--search", "best_of_n", "--steps", 4, "--compute", 2, "--rows-per-call", 1,
+    )  # fmt: skip
+    assert status == 1
+    assert "reward 'tiring' raised RuntimeError: out of ink" in err
+    assert "Traceback" not in err
+    if "finished before the error" in err:
+        assert (tmp_path / "two-blue-cars.png").is_file()
+
+
+def test_ctrl_c_keeps_what_was_finished(
+    capsys: pytest.CaptureFixture[str],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def impatient(images: torch.Tensor, prompts: list[str]) -> list[float]:
+        calls.append(len(prompts))
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return [1.0] * len(prompts)
+
+    monkeypatch.setitem(resolving._NAMED_REWARDS, "impatient", lambda: impatient)
+    arguments = ["--model", model, "--reward", "impatient", "--steps", 2, "--rows-per-call", 1]
+    status, _, err = run(
+        capsys, "compare", PROMPT, "--search", "best_of_n,beam", "--compute", 3, "--no-trees",
+        "--output", tmp_path / "compare", *arguments,
+    )  # fmt: skip
+    assert status == 130
+    assert "stopped by Ctrl-C" in err
+    assert (tmp_path / "compare" / "images" / "best_of_n" / "two-blue-cars.png").is_file()
+    calls[:] = [1] * 9
+    status, _, err = run(capsys, "generate", PROMPT, "--output", tmp_path / "none", *arguments)
+    assert status == 130
+    assert "nothing was saved" in err
+    assert not list((tmp_path / "none").iterdir())
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from mctd_diffusers.cli import main; status = main(['--help'])\n"
+        "heavy = {'torch', 'diffusers', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(status or sorted(heavy) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "compare" in done.stdout
+
+
+def test_the_module_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mctd_diffusers", "compare", PROMPT, "--search", "nothing"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("mctd: no search is named 'nothing'")
+    assert not done.stdout
