@@ -2,8 +2,8 @@
 
 A search can be tested and measured here in milliseconds, against truths that no network has: the
 score, the denoised estimate, hard and soft values, the exact transition, and the mixture tilted by
-a reward. numpy and float64 only. ``python -m mctd_diffusers.evaluation.ground_truth`` prints how
-the strategies compare at equal NFE on two mixtures.
+a reward. numpy and float64 only. ``scripts/compare_on_mixtures.py`` prints how the strategies
+compare at equal NFE on two kinds of mixtures.
 
 Symbols, as in the diffusion literature: ``alpha`` (``a``) scales the signal and ``sigma`` (``s``)
 the noise, ``x_t = a x_0 + s noise``; ``gamma_k`` are responsibilities of the components given
@@ -506,3 +506,58 @@ def _logsumexp(x: Floats) -> Floats:
     """Log of the sum of exponentials over the last axis."""
     top = x.max(axis=-1, keepdims=True)
     return np.asarray(np.log(np.exp(x - top).sum(axis=-1)) + top[..., 0])
+
+
+@dataclass(frozen=True)
+class RuggedReward:
+    """A hill with fine ripples: ``height sum sin(w.x + phase) - curvature |x - target|^2``.
+
+    Attributes:
+        target: ``[dimensions]``.
+        waves: ``[ripples, dimensions]`` wave vectors.
+        phases: ``[ripples]``.
+        curvature: of the hill.
+        height: of the ripples.
+    """
+
+    target: Floats
+    waves: Floats
+    phases: Floats
+    curvature: float = 0.15
+    height: float = 0.5
+
+    def __call__(self, x: Floats) -> Floats:
+        """``[points]`` rewards."""
+        hill = ((x - self.target) ** 2).sum(axis=1)
+        ripples = np.sin(x @ self.waves.T + self.phases).sum(axis=1)
+        return np.asarray(self.height * ripples - self.curvature * hill)
+
+
+def rugged_environment(num_problems: int, *, num_steps: int, first_seed: int) -> MixtureEnvironment:
+    """16 dimensions, 8 Gaussians; the reward peaks between two of them and has three ripples."""
+    generator = np.random.default_rng(first_seed)
+    mixtures, rewards = [], []
+    for _ in range(num_problems):
+        means = generator.standard_normal((8, 16))
+        waves = generator.standard_normal((3, 16))
+        waves *= 4 / np.linalg.norm(waves, axis=1, keepdims=True)
+        phases = generator.uniform(0, 2 * np.pi, 3)
+        one, other = generator.choice(8, 2, replace=False)
+        mixtures.append(Mixture(np.full(8, 1 / 8), means, np.full((8, 16), 0.15)))
+        rewards.append(RuggedReward((means[one] + means[other]) / 2, waves, phases))
+    return MixtureEnvironment(mixtures, rewards, num_steps=num_steps, first_seed=first_seed)
+
+
+def subspace_environment(
+    num_problems: int, *, num_steps: int, first_seed: int
+) -> MixtureEnvironment:
+    """32 dimensions, 24 Gaussians; the reward is minus the squared distance in 8 of them."""
+    generator = np.random.default_rng(first_seed)
+    curvature = np.r_[np.full(8, 2.0), np.zeros(24)]
+    mixtures, rewards = [], []
+    for _ in range(num_problems):
+        means = generator.standard_normal((24, 32))
+        target = np.r_[generator.standard_normal(8), np.zeros(24)]
+        mixtures.append(Mixture(np.full(24, 1 / 24), means, np.full((24, 32), 0.0625)))
+        rewards.append(QuadraticReward(curvature, target))
+    return MixtureEnvironment(mixtures, rewards, num_steps=num_steps, first_seed=first_seed)

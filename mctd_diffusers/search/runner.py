@@ -428,7 +428,7 @@ class _Image:
         ):
             raise SearchError(
                 f"strategy {self._name!r} asks for {nfe} NFE, {values} values and {rewards} "
-                f"rewards on image {self.problem.index}, which has spent {account.spent.nfe} NFE of "
+                f"rewards on image {self.problem.index}, with {account.spent.nfe} NFE spent of "
                 f"{account.budget}; ask account.affords() first.",
             )
 

@@ -1,11 +1,34 @@
-"""The schedule cut into strides: lists of schedule steps crossed, edge by edge."""
+"""The schedule cut into strides, and how many candidates each edge gets for a given budget."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import lru_cache
+from statistics import NormalDist
+from typing import Literal, NamedTuple, TypeAlias
 
 from mctd_diffusers.errors import ScheduleError
+
+StridePolicy: TypeAlias = Literal["coarse_to_fine", "fine_to_coarse", "constant"]
+"""Where the long strides of a rollout stand: early, late, or everywhere alike."""
+
+
+class Plan(NamedTuple):
+    """A rollout to the end of the schedule.
+
+    Attributes:
+        strides: schedule steps that each edge crosses.
+        candidates: children tried on each edge; the last edge, which finishes, has 1.
+    """
+
+    strides: tuple[int, ...]
+    candidates: tuple[int, ...]
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations: all candidates but the finished."""
+        return sum(self.candidates[:-1])
 
 
 def constant_strides(num_steps: int, stride: int) -> tuple[int, ...]:
@@ -25,41 +48,117 @@ def constant_strides(num_steps: int, stride: int) -> tuple[int, ...]:
     return (stride,) * whole + ((rest,) if rest else ())
 
 
-def fine_to_coarse(num_steps: int, num_edges: int) -> tuple[int, ...]:
-    """``num_edges`` strides over ``num_steps`` steps: single steps first, coarse ones last.
+def shrinking_strides(num_steps: int, allowed: Sequence[int], share: float) -> tuple[int, ...]:
+    """Long strides first: each the longest allowed that crosses at most ``share`` of what is left.
 
-    The strides grow about geometrically: early single steps keep the choice of the mode fine, and
-    late coarse ones are cheap where the denoised estimate is nearly exact.
-
-    >>> fine_to_coarse(32, 10)
-    (1, 1, 2, 2, 2, 3, 4, 4, 6, 7)
-    >>> fine_to_coarse(5, 5)
-    (1, 1, 1, 1, 1)
+    >>> shrinking_strides(16, (1, 2, 4, 8), 1 / 3)
+    (4, 4, 2, 2, 1, 1, 1, 1)
 
     Raises:
-        ScheduleError: there are fewer steps than edges, or no edge.
+        ScheduleError: there is no step left, or ``allowed`` lacks 1, without which not every
+            schedule can be crossed.
     """
-    if not 1 <= num_edges <= num_steps:
-        raise ScheduleError(
-            f"{num_edges} edges do not fit {num_steps} steps; give 1 to {num_steps} edges."
-        )
-    # Real strides growing geometrically from 1: their growth is found by bisection, then rounded so
-    # that every edge crosses a step.
-    low, high = 1.0, float(num_steps)
-    for _ in range(60):
-        growth = (low + high) / 2
-        total = sum(growth**edge for edge in range(num_edges))
-        low, high = (growth, high) if total < num_steps else (low, growth)
-    positions = [0]
-    for edge in range(1, num_edges):
-        ideal = round(sum(low**i for i in range(edge)))
-        positions.append(min(max(ideal, positions[-1] + 1), num_steps - (num_edges - edge)))
-    positions.append(num_steps)
-    return tuple(sorted(after - before for before, after in pairwise(positions)))
+    if num_steps < 1:
+        raise ScheduleError(f"{num_steps} steps are left; strides need at least 1.")
+    if 1 not in allowed or min(allowed) < 1:
+        raise ScheduleError(f"strides are {tuple(allowed)}; they must be at least 1 and hold 1.")
+    strides = []
+    left = num_steps
+    while left:
+        stride = max((k for k in allowed if k <= share * left), default=1)
+        strides.append(stride)
+        left -= stride
+    return tuple(strides)
+
+
+@lru_cache(maxsize=1024)
+def stride_choices(
+    num_steps: int, allowed: tuple[int, ...], policy: StridePolicy
+) -> tuple[tuple[int, ...], ...]:
+    """Ways to cut ``num_steps`` by a policy, from the finest to the coarsest."""
+    if policy == "constant":
+        cuts = {constant_strides(num_steps, stride) for stride in allowed if stride <= num_steps}
+    else:
+        shares = {stride / left for stride in allowed for left in range(1, num_steps + 1)}
+        cuts = {shrinking_strides(num_steps, allowed, share) for share in shares if share <= 1}
+        if policy == "fine_to_coarse":
+            cuts = {cut[::-1] for cut in cuts}
+    return tuple(sorted(cuts, key=lambda cut: (-len(cut), cut)))
+
+
+@lru_cache(maxsize=4096)
+def expected_maximum(candidates: float) -> float:
+    """Mean of the best of so many standard normal draws (Blom, 1958); 0 for one.
+
+    >>> round(expected_maximum(16), 2)
+    1.77
+    """
+    if candidates <= 1:
+        return 0.0
+    return NormalDist().inv_cdf((candidates - 0.375) / (candidates + 0.25))
+
+
+@lru_cache(maxsize=16384)
+def plan_rollout(
+    num_steps: int,
+    nfe: int,
+    *,
+    allowed: tuple[int, ...],
+    policy: StridePolicy,
+    brake_nats: float,
+    edge_gain: float,
+    candidates: int | None = None,
+    least_edges: int = 1,
+) -> Plan | None:
+    """Cut what is left of the schedule and share out candidates, for the most selection per NFE.
+
+    Choosing the best of ``M`` on each of ``S`` edges gains about ``S ** edge_gain *
+    expected_maximum(M)``: a half if all edges resolved equally much of the reward, less since early
+    ones resolve little. Among the cuts that a policy offers, the one with the highest gain is
+    taken; NFE that do not divide go to the late edges.
+
+    Args:
+        num_steps: schedule steps left, at least 1; the node they leave is evaluated already.
+        nfe: evaluations that may be spent.
+        allowed: strides to choose from.
+        policy: where long strides stand.
+        brake_nats: bound on the sum of the log of candidates.
+        edge_gain: exponent of the number of selections, 0 to 0.5.
+        candidates: candidates of each edge where they are given; ``None`` to choose them.
+        least_edges: fewest edges of the whole rollout (or all that fit, if there are fewer).
+
+    Returns:
+        The plan, ``plan.nfe <= nfe``; ``None`` if not even single candidates are paid for.
+    """
+    best: tuple[float, Plan] | None = None
+    for strides in stride_choices(num_steps, allowed, policy):
+        selections = len(strides) - 1
+        if selections + 1 < min(least_edges, num_steps) or selections > nfe:
+            continue
+        if selections == 0:
+            plan, mean = Plan(strides, (1,)), 1.0
+        else:
+            mean = min(nfe / selections, math.exp(min(brake_nats / selections, 20.0)))
+            if candidates is not None:
+                if candidates > mean:
+                    continue
+                mean = candidates
+            extra = int(mean * selections) - int(mean) * selections
+            if int(mean) * selections + extra > nfe:
+                extra = 0
+            counts = [int(mean)] * (selections - extra) + [int(mean) + 1] * extra
+            while sum(math.log(count) for count in counts) > brake_nats and extra:
+                extra -= 1
+                counts = [int(mean)] * (selections - extra) + [int(mean) + 1] * extra
+            plan = Plan(strides, (*counts, 1))
+        gain = selections**edge_gain * expected_maximum(mean)
+        if best is None or gain > best[0]:
+            best = (gain, plan)
+    return None if best is None else best[1]
 
 
 def check_strides(strides: Sequence[int], num_steps: int) -> None:
-    """Assert that strides cross exactly ``num_steps`` steps.
+    """Check that strides cross exactly ``num_steps`` steps.
 
     Raises:
         ScheduleError: one is below 1, or they cross more or fewer steps.

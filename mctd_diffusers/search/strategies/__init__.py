@@ -9,12 +9,14 @@ from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.runner import Strategy
 from mctd_diffusers.search.strategies.beam import Beam
 from mctd_diffusers.search.strategies.best_of_n import BestOfN
+from mctd_diffusers.search.strategies.mctd import MCTD
 
-__all__ = ["STRATEGIES", "Beam", "BestOfN", "resolve_strategy"]
+__all__ = ["MCTD", "STRATEGIES", "Beam", "BestOfN", "resolve_strategy"]
 
 STRATEGIES: Final[dict[str, type[Strategy]]] = {
     "best_of_n": BestOfN,
     "beam": Beam,
+    "mctd": MCTD,
 }
 """Name of a search -> its class, whose defaults are the search of that name."""
 
