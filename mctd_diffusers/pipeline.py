@@ -81,7 +81,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", 
 
 DEFAULT_COMPUTE = 8
 """Plain samples' worth of NFE for each image, where no budget is named."""
-STRATEGY_OPTIONS = ("wave_size",)
+STRATEGY_OPTIONS = ("strides", "stride_policy", "wave_size")
 """Arguments of a call that set the setting of that name in the strategy."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -100,6 +100,8 @@ class SearchOptions:
     time_budget_s: float | None = None
     reward_model: Any = None
     reward_prompt: str | list[str] | None = None
+    strides: Sequence[int] | None = None
+    stride_policy: str | None = None
     search_scheduler: SchedulerMixin | None = None
     wave_size: int | None = None
     rows_per_call: int | None = None

@@ -246,6 +246,8 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
         time_budget_s: float | None = None,
         reward_model: Any = None,
         reward_prompt: str | list[str] | None = None,
+        strides: Sequence[int] | None = None,
+        stride_policy: str | None = None,
         search_scheduler: SchedulerMixin | None = None,
         wave_size: int | None = None,
         rows_per_call: int | None = None,
@@ -326,6 +328,10 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
                 folder or repository of a `CLIPModel`.
             reward_prompt (`str` or `list[str]`, *optional*, defaults to `prompt`):
                 What the reward reads in place of the prompt.
+            strides (`Sequence[int]`, *optional*, defaults to those of the strategy):
+                Schedule steps that an edge of the tree may cross; the candidates hold 1.
+            stride_policy (`str`, *optional*, defaults to that of the strategy):
+                Where the long strides stand, such as `"fine_to_coarse"`.
             search_scheduler ([`SchedulerMixin`], *optional*, defaults to the pipeline's own):
                 Scheduler of the search. Without it a pipeline's scheduler that cannot be branched
                 is replaced by DDIM made from its config, with a warning.
@@ -406,6 +412,8 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
             time_budget_s=time_budget_s,
             reward_model=reward_model,
             reward_prompt=reward_prompt,
+            strides=strides,
+            stride_policy=stride_policy,
             search_scheduler=search_scheduler,
             wave_size=wave_size,
             rows_per_call=rows_per_call,
