@@ -2,8 +2,10 @@ r"""Trains the gold judge: a detector that reads objects, colours and places off
 
 It learns from one half of the scenes (column ``half``) that the reward never sees. Pictures are
 mirrored, warped, blurred, tinted and grained, and a share of them went through the autoencoder,
-because what it will judge are generated pictures. Another share shows emoji outside the vocabulary,
-of which it must learn to say nothing. ::
+because what it will judge are generated pictures. Tinted objects change their colour at random,
+and some pictures swap their colour channels, unasked for colours: the data holds out pairs of
+object and colour, and a judge must not learn that these do not exist. Another share shows emoji
+outside the vocabulary, of which it must learn to say nothing. ::
 
     accelerate launch training/train_judge.py --autoencoder mctd_diffusers/embedded/vae \
         --output runs/judge
@@ -43,8 +45,10 @@ from mctd_diffusers.evaluation.judge import SceneJudge, scene_targets
 from mctd_diffusers.evaluation.real_scenes import RealScenes, judge_figures
 from mctd_diffusers.evaluation.scenes import OBJECTS, PlacedObject
 from mctd_diffusers.models.augmentation import (
+    TINTS,
     degrade_pictures,
     draw_warps,
+    retint_object,
     warp_pictures,
     warp_points,
 )
@@ -90,6 +94,12 @@ class Options:
     num_round_trips: int = field(default=4096, metadata={"help": "pictures sent round, once"})
     round_trip_share: float = field(
         default=0.25, metadata={"help": "the share of a batch that went round"}
+    )
+    retint_share: float = field(
+        default=0.5, metadata={"help": "share of tinted objects that get another colour"}
+    )
+    swap_share: float = field(
+        default=0.2, metadata={"help": "share of pictures whose colour channels change places"}
     )
     max_train_steps: int = field(default=2000, metadata={"help": "optimiser steps in all"})
     train_batch_size: int = field(default=64, metadata={"help": "pictures a step"})
@@ -317,6 +327,24 @@ def take_blanks(data: Dataset) -> Dataset:
     return data.select(np.flatnonzero(np.array(strange) & ~known))
 
 
+def retint(
+    images: torch.Tensor, scenes: list[list[PlacedObject]], share: float, rng: np.random.Generator
+) -> tuple[torch.Tensor, list[list[PlacedObject]]]:
+    """Gives a share of the tinted objects another colour, so that every pair of words occurs."""
+    pictures, changed = list(images), []
+    for row, scene in enumerate(scenes):
+        objects = []
+        for placed in scene:
+            colour = placed.colour
+            if colour is not None and rng.random() < share:
+                colour = str(rng.choice(list(TINTS)))
+                box = {"x": placed.x, "y": placed.y, "size": placed.size}
+                pictures[row] = retint_object(pictures[row], **box, old=placed.colour, new=colour)
+            objects.append(replace(placed, colour=colour))
+        changed.append(objects)
+    return torch.stack(pictures), changed
+
+
 def augment(
     images: torch.Tensor, scenes: list[list[PlacedObject]], generator: torch.Generator
 ) -> tuple[torch.Tensor, list[list[PlacedObject]]]:
@@ -422,8 +450,13 @@ def main(arguments: list[str] | None = None) -> None:
             drawn = rng.integers(len(blanks), size=num_blank).tolist()
             images.append(load_pictures(blanks, drawn, options) / 2 + 0.5)
             placed += [[] for _ in drawn]
-        pixels, placed = augment(torch.cat(images), placed, generator)
+        pixels, placed = retint(torch.cat(images), placed, options.retint_share, rng)
+        pixels, placed = augment(pixels, placed, generator)
         targets = scene_targets(placed, grid=grid, **vocabulary)
+        # Shapes in colours that no word names: only the noun is asked for.
+        strange = torch.from_numpy(rng.random(len(pixels)) < options.swap_share)
+        pixels[strange] = pixels[strange][:, rng.permutation(3).tolist()]
+        targets.colour[strange] = -1
         with accelerator.autocast():
             said = model(pixels.to(accelerator.device, memory_format=torch.channels_last))
         parts = scene_loss(

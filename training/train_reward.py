@@ -6,7 +6,9 @@ captions that are wrong in exactly one fact (another colour, number, noun or sid
 since a reward that cannot tell two cats from three is of no use to a search for two. While it
 trains, a second head names what each patch shows, which a small transformer would otherwise take
 much longer to find out. Pictures are warped, blurred, tinted and grained, and a share of them went
-through the autoencoder, because what will be scored are generated pictures. ::
+through the autoencoder, because what will be scored are generated pictures. Coloured groups
+change their colour at random, with the caption: the data holds out pairs of object and colour, and
+a reward must not learn that these do not exist. ::
 
     accelerate launch training/train_reward.py --autoencoder mctd_diffusers/embedded/vae \
         --output runs/reward
@@ -26,7 +28,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,10 @@ from mctd_diffusers.evaluation.contradictions import contradict
 from mctd_diffusers.evaluation.real_scenes import RealScenes, reward_figures
 from mctd_diffusers.evaluation.scenes import COLOURS, OBJECTS, parse_prompt
 from mctd_diffusers.models.augmentation import (
+    TINTS,
     degrade_pictures,
     draw_warps,
+    retint_object,
     warp_pictures,
     warp_points,
 )
@@ -98,6 +102,9 @@ class Options:
     )
     neighbour_share: float = field(
         default=0.5, metadata={"help": "the share of the rest that is like another of the batch"}
+    )
+    retint_share: float = field(
+        default=0.5, metadata={"help": "share of coloured groups that get another colour"}
     )
     false_captions: int = field(default=2, metadata={"help": "wrong captions a picture"})
     patch_weight: float = field(default=0.5, metadata={"help": "weight of naming the patches"})
@@ -438,6 +445,34 @@ def false_captions(captions: list[str], number: int, rng: np.random.Generator) -
     return wrong
 
 
+def retint(examples: Examples, share: float, rng: np.random.Generator) -> Examples:
+    """Gives a share of the coloured groups another colour, in the picture and in its caption.
+
+    Every pair of words occurs then: the data holds some out, and a reward must not learn
+    that there are no brown airplanes.
+    """
+    images, captions = list(examples.images), list(examples.captions)
+    objects = [[dict(placed) for placed in scene] for scene in examples.objects]
+    for row, scene in enumerate(objects):
+        if not any(placed["colour"] for placed in scene):
+            continue
+        prompt = parse_prompt(captions[row])
+        items = list(prompt.items)
+        for place, item in enumerate(items):
+            if item.colour is None or rng.random() >= share:
+                continue
+            taken = {other.colour for other in items}
+            colour = str(rng.choice([tint for tint in TINTS if tint not in taken]))
+            items[place] = replace(item, colour=colour)
+            for placed in scene:
+                if placed["noun"] == item.noun:
+                    box = {name: placed[name] for name in ("x", "y", "size")}
+                    images[row] = retint_object(images[row], **box, old=item.colour, new=colour)
+                    placed["colour"] = colour
+        captions[row] = replace(prompt, items=tuple(items)).caption()
+    return Examples(torch.stack(images), captions, objects)
+
+
 def patch_labels(
     objects: list[list[dict[str, Any]]], maps: Tensor, side: int
 ) -> tuple[Tensor, Tensor]:
@@ -565,6 +600,7 @@ def main(arguments: list[str] | None = None) -> None:
                     [scenes[row] if scenes else [] for row in sources],
                 )
             )
+        parts = [retint(part, options.retint_share, rng) for part in parts]
         maps, fields = draw_warps(size, generator=generator, shift=0.04)
         images = warp_pictures(torch.cat([part.images for part in parts]), maps, fields)
         images = degrade_pictures(images, generator=generator)

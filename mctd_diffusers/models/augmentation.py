@@ -7,10 +7,45 @@ pictures' own device, with the draws from a generator that is handed in.
 
 from __future__ import annotations
 
+import colorsys
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
+
+
+class Tint(NamedTuple):
+    """A named colour as a path through lightness.
+
+    Attributes:
+        hue: in degrees.
+        saturation: in [0, 1].
+        dark: lightness of the darkest part of a tinted object.
+        middle: of its median part.
+        light: of its lightest part.
+    """
+
+    hue: float
+    saturation: float
+    dark: float
+    middle: float
+    light: float
+
+
+TINTS: dict[str, Tint] = {
+    "red": Tint(0, 0.85, 0.22, 0.47, 0.82),
+    "orange": Tint(28, 0.95, 0.26, 0.52, 0.82),
+    "yellow": Tint(52, 0.95, 0.30, 0.55, 0.87),
+    "green": Tint(125, 0.75, 0.18, 0.40, 0.80),
+    "blue": Tint(218, 0.85, 0.20, 0.48, 0.82),
+    "purple": Tint(276, 0.70, 0.20, 0.48, 0.82),
+    "pink": Tint(330, 0.90, 0.45, 0.72, 0.92),
+    "brown": Tint(24, 0.50, 0.12, 0.30, 0.64),
+}
+"""The colours of ``training/prepare_data.py``."""
 
 _BLUR_RADIUS = 3
 """Pixels of the blur kernel to each side; holds three standard deviations of the widest blur."""
@@ -114,3 +149,50 @@ def degrade_pictures(
     grain = torch.randn(images.shape, generator=generator).to(images)
     scatter = (noise * draws[:, 4])[:, None, None, None] * grain
     return (flat.reshape(images.shape) * gains[:, :, None, None] + scatter).clamp(0, 1)
+
+
+def retint_object(
+    image: Float[Tensor, "3 height width"],
+    *,
+    x: float,
+    y: float,
+    size: float,
+    old: str,
+    new: str,
+) -> Float[Tensor, "3 height width"]:
+    """Give a tinted object another of the named colours; what is white stays white.
+
+    Some pairs of object and colour are held out of the data. Who learns from it to *measure* must
+    not learn that there are no brown airplanes: noun and colour have to be read independently.
+
+    Args:
+        image: in [0, 1], on white.
+        x: centre of the object from the left, as a fraction of the picture.
+        y: centre from the top.
+        size: side of its box.
+        old: the colour it was tinted in.
+        new: the colour it is to have.
+
+    Returns:
+        Another picture; lightness goes from the old colour's path to the new one's.
+
+    >>> white = torch.ones(3, 4, 4)
+    >>> bool((retint_object(white, x=0.5, y=0.5, size=1.0, old="red", new="blue") == white).all())
+    True
+    """
+    height, width = image.shape[1:]
+    rows = slice(max(round((y - size / 2) * height), 0), round((y + size / 2) * height))
+    columns = slice(max(round((x - size / 2) * width), 0), round((x + size / 2) * width))
+    box = image[:, rows, columns].numpy()
+    before, after = TINTS[old], TINTS[new]
+    lightness = np.interp(
+        (box.max(axis=0) + box.min(axis=0)) / 2,
+        [before.dark, before.middle, before.light, 1.0],
+        [after.dark, after.middle, after.light, 1.0],
+    )
+    pure = np.array(colorsys.hls_to_rgb(after.hue / 360, 0.5, 1.0))[:, None, None]
+    chroma = after.saturation * (1 - np.abs(2 * lightness - 1))
+    changed = image.clone()
+    tinted = (lightness + chroma * (pure - 0.5)).clip(0, 1)
+    changed[:, rows, columns] = torch.from_numpy(tinted).to(image)
+    return changed
