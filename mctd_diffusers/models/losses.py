@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Images: TypeAlias = Float[Tensor, "batch channels height width"]
+Moments: TypeAlias = Float[Tensor, "batch latent_channels latent_height latent_width"]
 PerSample: TypeAlias = Float[Tensor, " batch"]
 
 # --- autoencoder ----------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def low_pass_error(reconstruction: Images, images: Images) -> Float[Tensor, ""]:
     return F.avg_pool2d(reconstruction - images, 8).abs().mean()
 
 
-def kl_to_standard_normal(mean: Images, logvar: Images) -> Float[Tensor, ""]:
+def kl_to_standard_normal(mean: Moments, logvar: Moments) -> Float[Tensor, ""]:
     """Takes KL(N(mean, exp(logvar)) || N(0, 1)) in nats, averaged over latent elements."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
@@ -77,8 +78,8 @@ class AutoencoderWeights:
 def autoencoder_loss(
     reconstruction: Images,
     images: Images,
-    mean: Images | None = None,
-    logvar: Images | None = None,
+    mean: Moments | None = None,
+    logvar: Moments | None = None,
     weights: AutoencoderWeights = AutoencoderWeights(),
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Sums what an autoencoder learns by.

@@ -77,7 +77,8 @@ def test_kl_is_that_of_the_normal_distributions() -> None:
 
 
 def test_autoencoder_loss_is_the_weighted_sum_of_its_terms() -> None:
-    made, images, mean, logvar = pictures(0), pictures(1), pictures(2), pictures(3)
+    made, images = pictures(0), pictures(1)
+    mean, logvar = pictures(2, side=4), pictures(3, side=4)
     weights = AutoencoderWeights(gradient=2.0, low_pass=3.0, log_error=5.0, kl=7.0)
     loss, terms = autoencoder_loss(made, images, mean, logvar, weights)
     expected = (
