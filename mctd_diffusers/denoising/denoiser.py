@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,8 @@ from mctd_diffusers.denoising.protocols import Network, Outputs
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.environment import Counts, Ledger
+
+T = TypeVar("T")
 
 
 class Chunk(NamedTuple):
@@ -33,6 +35,20 @@ class Chunk(NamedTuple):
 
     rows: slice
     filled: list[int]
+
+    @property
+    def useful(self) -> int:
+        """Number of useful rows."""
+        return self.rows.stop - self.rows.start
+
+    def fill(self, batch: Float[Tensor, "useful *sample"]) -> Float[Tensor, "rows *sample"]:
+        """The useful rows, repeated to the size of a call."""
+        return batch if len(batch) == len(self.filled) else batch[self.filled]
+
+    def pick(self, items: Sequence[T]) -> list[T]:
+        """The same for what is no tensor: of all items, those of this call."""
+        some = items[self.rows]
+        return [some[row] for row in self.filled]
 
 
 def chunks(rows: int, rows_per_call: int) -> Iterator[Chunk]:
@@ -78,7 +94,7 @@ class FeatureTap:
     happens inside the hooks, so the maps themselves are never kept.
 
     Args:
-        unet: has ``down_blocks`` and a ``mid_block``, as the UNets of diffusers.
+        unet: has ``down_blocks`` and ``mid_block`` (which may be ``None``), as diffusers' UNets.
         rows_per_latent: rows of one latent in a call. With 2 (guidance) the batch is the
             unconditional half, then the conditional one, as stock pipelines build it, and only the
             conditional half is read: what the picture is meant to become.
@@ -92,7 +108,8 @@ class FeatureTap:
 
     def __enter__(self) -> FeatureTap:
         blocks = {f"down.{i}": block for i, block in enumerate(self._unet.down_blocks)}
-        blocks["mid"] = self._unet.mid_block
+        if self._unet.mid_block is not None:
+            blocks["mid"] = self._unet.mid_block
         for name, block in blocks.items():
             self._hooks.append(block.register_forward_hook(self._reader(name)))
         return self
@@ -168,17 +185,16 @@ class Denoiser:
         """
         rows_per_latent = self.network.rows_per_latent
         evaluations = []
-        for rows, filled in chunks(len(latents), self.rows_per_call):
-            useful = rows.stop - rows.start
+        for chunk in chunks(len(latents), self.rows_per_call):
             with timed(self.ledger, "network", latents.device):
                 evaluation = self._call(
-                    latents[rows][filled],
-                    [step_indices[rows][row] for row in filled],
-                    [problems[rows][row] for row in filled],
+                    chunk.fill(latents[chunk.rows]),
+                    chunk.pick(step_indices),
+                    chunk.pick(problems),
                 )
-            evaluations.append(_first(evaluation, useful))
-            self.ledger.charge(problems[rows], Counts(nfe=1, rows=rows_per_latent))
-            padding = (self.rows_per_call - useful) * rows_per_latent
+            evaluations.append(_first(evaluation, chunk.useful))
+            self.ledger.charge(problems[chunk.rows], Counts(nfe=1, rows=rows_per_latent))
+            padding = (self.rows_per_call - chunk.useful) * rows_per_latent
             self.ledger.charge_shared(Counts(padded_rows=padding, calls=1))
         return _together(evaluations)
 
@@ -192,12 +208,13 @@ class Denoiser:
 
     def combine(self, outputs: Outputs) -> Float[Tensor, "batch *sample"]:
         """Guided outputs, in chunks of the same fixed size (guidance may look at whole rows)."""
-        if outputs.unconditional is None:
-            return outputs.conditional
+        conditional, without = outputs
+        if without is None:
+            return conditional
         parts = []
-        for rows, filled in chunks(len(outputs.conditional), self.rows_per_call):
-            chunk = Outputs(outputs.conditional[rows][filled], outputs.unconditional[rows][filled])
-            parts.append(self.network.combine(chunk)[: rows.stop - rows.start])
+        for chunk in chunks(len(conditional), self.rows_per_call):
+            filled = Outputs(*(chunk.fill(output[chunk.rows]) for output in (conditional, without)))
+            parts.append(self.network.combine(filled)[: chunk.useful])
         return torch.cat(parts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mctd_diffusers.denoising.denoiser import Denoiser, chunks, synchronize, timed
+from mctd_diffusers.denoising.denoiser import Chunk, Denoiser, chunks, synchronize, timed
 from mctd_diffusers.denoising.latents import Drawn, Latents, Renoised, Sample, Stepped
 from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, Network, Outputs
 from mctd_diffusers.denoising.stepper import SolverState, Stepper
@@ -108,7 +108,7 @@ class LatentEnvironment:
         self._refuse(
             handles,
             [sample.step_index == self.num_steps for sample in samples],
-            "is finished, and there is nothing to evaluate; ask for its reward.",
+            "is finished; ask for its reward.",
         )
         fresh = [sample for sample in dict.fromkeys(samples) if sample.outputs is None]
         if not fresh:
@@ -136,8 +136,7 @@ class LatentEnvironment:
             SearchError: a parent is not evaluated.
             ScheduleError: a stride does not fit the steps left.
         """
-        samples = self._samples[parents]
-        self._refuse_unevaluated(parents, samples)
+        samples = self._evaluated(parents)
         children = []
         for parent, action, seed in zip(samples, actions, seeds.tolist(), strict=True):
             self._stepper.check_action(parent.step_index, action)
@@ -157,12 +156,11 @@ class LatentEnvironment:
             CapacityError: a handle is not known.
             SearchError: a sample is finished, or not evaluated; or what the reward raises.
         """
-        samples = self._samples[handles]
-        self._refuse_unevaluated(handles, samples)
+        samples = self._evaluated(handles)
         fresh = _handles_of(samples, handles, [sample.value is None for sample in samples])
-        for some, filled in self._in_calls(fresh):
-            images = self._decode(self._denoised_of(some), some, filled, preview=True)
-            for sample, value in zip(some, self._score(images, some, filled, fresh), strict=True):
+        for chunk, some in self._in_calls(list(fresh)):
+            images = self._decode(self._denoised_of(some), chunk, some, preview=True)
+            for sample, value in zip(some, self._score(images, chunk, fresh), strict=True):
                 sample.value = value
         return np.array([sample.value for sample in samples], dtype=np.float64)
 
@@ -177,9 +175,9 @@ class LatentEnvironment:
         samples = self._finished(handles)
         fresh = _handles_of(samples, handles, [sample.reward is None for sample in samples])
         self._make(list(fresh))
-        for some, filled in self._in_calls(fresh):
-            images = self._decode(self._latents_of(some), some, filled, preview=False)
-            for sample, reward in zip(some, self._score(images, some, filled, fresh), strict=True):
+        for chunk, some in self._in_calls(list(fresh)):
+            images = self._decode(self._latents_of(some), chunk, some, preview=False)
+            for sample, reward in zip(some, self._score(images, chunk, fresh), strict=True):
                 sample.reward = reward
         return np.array([sample.reward for sample in samples], dtype=np.float64)
 
@@ -191,12 +189,7 @@ class LatentEnvironment:
             SearchError: a sample is neither evaluated nor finished.
             ScheduleError: ``step_index`` is not in the schedule.
         """
-        samples = self._samples[handles]
-        self._refuse(
-            handles,
-            [s.outputs is None and s.step_index < self.num_steps for s in samples],
-            "is neither evaluated nor finished, so there is nothing to noise; denoise it first.",
-        )
+        samples = self._clean(handles)
         self._stepper.initial_state(step_index)  # refuses what is not in the schedule
         return self._samples.add(
             Sample(source.problem, step_index, Renoised(source, seed))
@@ -242,8 +235,7 @@ class LatentEnvironment:
             CapacityError: a handle is not known.
             SearchError: a sample is finished, or not evaluated.
         """
-        samples = self._samples[handles]
-        self._refuse_unevaluated(handles, samples)
+        samples = self._evaluated(handles)
         return self._pictures(self._denoised_of, samples, preview=True)
 
     @torch.no_grad()
@@ -254,12 +246,7 @@ class LatentEnvironment:
             CapacityError: a handle is not known.
             SearchError: a sample is neither evaluated nor finished.
         """
-        samples = self._samples[handles]
-        self._refuse(
-            handles,
-            [s.outputs is None and s.step_index < self.num_steps for s in samples],
-            "is neither evaluated nor finished; denoise it first.",
-        )
+        samples = self._clean(handles)
         self._make(samples)
         return self._estimates_of(samples)
 
@@ -365,41 +352,35 @@ class LatentEnvironment:
 
     # Decoding and scoring
 
-    def _in_calls(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], list[int]]]:
-        """Samples of one call each, with their positions filled up by repetition."""
-        every = list(samples)
-        for rows, filled in chunks(len(every), self._rows_per_call):
-            yield every[rows], filled
+    def _in_calls(self, samples: Sequence[Sample]) -> Iterator[tuple[Chunk, Sequence[Sample]]]:
+        """The chunks of a batch, and the samples of each."""
+        for chunk in chunks(len(samples), self._rows_per_call):
+            yield chunk, samples[chunk.rows]
 
     def _decode(
-        self, clean: Tensor, samples: Sequence[Sample], filled: Sequence[int], *, preview: bool
+        self, clean: Tensor, chunk: Chunk, samples: Sequence[Sample], *, preview: bool
     ) -> Tensor:
         """Pictures of one call, padding included."""
         decoder = self._preview if preview and self._preview is not None else self._decoder
         is_preview = decoder is not self._decoder
         with timed(self.ledger, "preview" if is_preview else "decode", self._device):
-            images = decoder(clean[list(filled)])
+            images = decoder(chunk.fill(clean))
         each = Counts(previews=1) if is_preview else Counts(decodes=1)
         self.ledger.charge([sample.problem for sample in samples], each)
         return images
 
-    def _score(
-        self,
-        images: Tensor,
-        samples: Sequence[Sample],
-        filled: Sequence[int],
-        handles: Mapping[Sample, int],
-    ) -> list[float]:
+    def _score(self, images: Tensor, chunk: Chunk, fresh: Mapping[Sample, int]) -> list[float]:
         """Rewards of the useful pictures of one call."""
-        shown = [samples[row] for row in filled]
+        samples = chunk.pick(list(fresh))
+        problems = [sample.problem for sample in samples]
         with timed(self.ledger, "reward", self._device):
             scores = self._reward(
                 images,
-                [self._prompts[sample.problem] for sample in shown],
-                [handles[sample] for sample in shown],
+                [self._prompts[problem] for problem in problems],
+                [fresh[sample] for sample in samples],
             )
-        self.ledger.charge([sample.problem for sample in samples], Counts(reward_calls=1))
-        return [float(score) for score in scores[: len(samples)]]
+        self.ledger.charge(problems[: chunk.useful], Counts(reward_calls=1))
+        return [float(score) for score in scores[: chunk.useful]]
 
     def _pictures(
         self,
@@ -410,8 +391,8 @@ class LatentEnvironment:
     ) -> Tensor:
         return torch.cat(
             [
-                self._decode(clean(some), some, filled, preview=preview)[: len(some)]
-                for some, filled in self._in_calls(samples)
+                self._decode(clean(some), chunk, some, preview=preview)[: chunk.useful]
+                for chunk, some in self._in_calls(samples)
             ]
         )
 
@@ -426,10 +407,22 @@ class LatentEnvironment:
         )
         return samples
 
-    def _refuse_unevaluated(self, handles: Handles, samples: Sequence[Sample]) -> None:
+    def _evaluated(self, handles: Handles) -> list[Sample]:
+        samples = self._samples[handles]
+        is_finished = [sample.step_index == self.num_steps for sample in samples]
+        self._refuse(handles, is_finished, "is finished; ask for its reward.")
+        is_fresh = [sample.outputs is None for sample in samples]
+        self._refuse(handles, is_fresh, "is not evaluated; denoise it first.")
+        return samples
+
+    def _clean(self, handles: Handles) -> list[Sample]:
+        samples = self._samples[handles]
         self._refuse(
-            handles, [sample.outputs is None for sample in samples], "is not evaluated; denoise it."
+            handles,
+            [s.outputs is None and s.step_index < self.num_steps for s in samples],
+            "is neither evaluated nor finished, so there is no estimate of it; denoise it first.",
         )
+        return samples
 
     def _refuse(self, handles: Handles, wrong: Sequence[bool], complaint: str) -> None:
         if any(wrong):
@@ -437,7 +430,7 @@ class LatentEnvironment:
             where = self._samples[handles][first].step_index
             raise SearchError(
                 f"sample {handles[first]} (step index {where} of {self.num_steps}) {complaint}",
-                handles=handles[np.array(wrong)],
+                handles=handles[np.array(wrong)].tolist(),
             )
 
 

@@ -1,0 +1,171 @@
+"""Network calls of one fixed size, their meters, and the feature tap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mctd_diffusers.denoising.denoiser import Denoiser, FeatureTap, chunks
+from mctd_diffusers.denoising.protocols import Outputs
+from mctd_diffusers.denoising.stepper import Stepper
+from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.search.environment import Counts, Ledger
+from tests.schedulers import make_scheduler, noise
+from tests.tiny_models import GuidedUNet, PlainUNet, tiny_unet
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+EMBEDS, NEGATIVE = noise(3, 5, 16, seed=1), noise(3, 5, 16, seed=2)
+INDICES, PROBLEMS = [0, 3, 3, 1, 7, 2, 0], [0, 1, 2, 0, 1, 2, 2]
+
+
+@pytest.fixture(scope="module")
+def unet() -> Any:
+    return tiny_unet()
+
+
+def make(network: Any, rows_per_call: int, name: str = "ddim", **extra: Any) -> Denoiser:
+    stepper = Stepper(make_scheduler(name, 8))
+    return Denoiser(network, stepper, rows_per_call=rows_per_call, ledger=Ledger(), **extra)
+
+
+@given(rows=st.integers(0, 40), rows_per_call=st.integers(1, 12))
+def test_chunks_cover_every_row_once_and_are_of_one_size(rows: int, rows_per_call: int) -> None:
+    seen = []
+    for chunk in chunks(rows, rows_per_call):
+        every = range(rows)[chunk.rows]
+        assert chunk.useful == len(every)
+        assert chunk.pick(range(rows))[: chunk.useful] == list(every)
+        assert len(chunk.filled) == rows_per_call
+        assert set(chunk.pick(range(rows))) == set(every)
+        batch = torch.arange(rows)[chunk.rows, None].float()
+        assert chunk.fill(batch).flatten().tolist() == chunk.pick(range(rows))
+        seen += every
+    assert seen == list(range(rows))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ddim", "euler"])
+def test_a_row_depends_neither_on_its_company_nor_on_its_place(unet: Any, name: str) -> None:
+    denoiser = make(GuidedUNet(unet, EMBEDS, NEGATIVE, 3.0), 4, name)
+    latents = noise(7, 4, 8, 8) * denoiser.stepper.init_noise_sigma
+    together = denoiser(latents, INDICES, PROBLEMS).outputs
+    assert together.unconditional is not None
+    for order in ([6, 0, 3], [5], [1, 2, 4, 6, 0]):
+        other = denoiser(latents[order], [INDICES[i] for i in order], [PROBLEMS[i] for i in order])
+        assert torch.equal(other.outputs.conditional, together.conditional[order])
+        assert other.outputs.unconditional is not None
+        assert torch.equal(other.outputs.unconditional, together.unconditional[order])
+
+
+@torch.no_grad()
+def test_one_row_calls_are_the_stock_pipelines_call_bit_for_bit(unet: Any) -> None:
+    scheduler = make_scheduler("euler", 8)
+    denoiser = make(GuidedUNet(unet, EMBEDS, NEGATIVE, 3.0), 1, "euler")
+    latents = noise(7, 4, 8, 8) * scheduler.init_noise_sigma
+    ours = denoiser(latents, INDICES, PROBLEMS).outputs
+    for row, (index, problem) in enumerate(zip(INDICES, PROBLEMS, strict=True)):
+        timestep = scheduler.timesteps[index]
+        scheduler._step_index = index
+        inputs = scheduler.scale_model_input(torch.cat([latents[[row]]] * 2), timestep)
+        embeds = torch.cat([NEGATIVE[[problem]], EMBEDS[[problem]]])
+        without, conditional = unet(inputs, timestep, encoder_hidden_states=embeds).sample.chunk(2)
+        assert torch.equal(ours.conditional[[row]], conditional)
+        assert ours.unconditional is not None
+        assert torch.equal(ours.unconditional[[row]], without)
+
+
+@torch.no_grad()
+def test_useful_and_padded_rows_are_metered_by_problem(unet: Any) -> None:
+    network = GuidedUNet(unet, EMBEDS, NEGATIVE, 3.0)
+    denoiser = make(network, 4)
+    denoiser(noise(7, 4, 8, 8), INDICES, PROBLEMS)
+    ledger = denoiser.ledger
+    assert network.sizes == [4, 4]
+    assert ledger.total == Counts(nfe=7, rows=14, padded_rows=2, calls=2)
+    assert ledger.by_problem == {
+        0: Counts(nfe=2, rows=4),
+        1: Counts(nfe=2, rows=4),
+        2: Counts(nfe=3, rows=6),
+    }
+    assert ledger.seconds["network"] > 0
+
+
+@torch.no_grad()
+def test_without_guidance_an_nfe_is_a_row(unet: Any) -> None:
+    denoiser = make(PlainUNet(unet, EMBEDS), 4)
+    outputs = denoiser(noise(3, 4, 8, 8), [0, 1, 2], [0, 1, 2]).outputs
+    assert outputs.unconditional is None
+    assert torch.equal(denoiser.combine(outputs), outputs.conditional)
+    assert denoiser.ledger.total == Counts(nfe=3, rows=3, padded_rows=1, calls=1)
+
+
+def test_guidance_is_combined_in_chunks_of_the_same_size() -> None:
+    network = GuidedUNet(None, EMBEDS, NEGATIVE, 3.0)
+    outputs = Outputs(noise(7, 4, 2, 2), noise(7, 4, 2, 2, seed=1))
+    ours = make(network, 3).combine(outputs)
+    assert network.combined == [3, 3, 3]
+    assert torch.equal(ours, network.combine(outputs))
+
+
+def test_calls_hold_one_latent_at_least() -> None:
+    with pytest.raises(ConfigError, match="rows_per_call is 0"):
+        make(GuidedUNet(None, EMBEDS, NEGATIVE, 3.0), 0)
+
+
+# The feature tap
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows_per_call", [1, 4])
+def test_features_are_those_of_the_conditional_rows(unet: Any, rows_per_call: int) -> None:
+    latents = noise(6, 4, 8, 8)
+    with FeatureTap(unet, rows_per_latent=2) as tap:
+        network = GuidedUNet(unet, EMBEDS, NEGATIVE, 3.0)
+        denoiser = make(network, rows_per_call, features=tap)
+        features = denoiser(latents, INDICES[:6], PROBLEMS[:6]).features
+    with FeatureTap(unet) as tap:
+        plain = make(PlainUNet(unet, EMBEDS), rows_per_call, features=tap)
+        expected = plain(latents, INDICES[:6], PROBLEMS[:6]).features
+    shapes = {name: tuple(feature.shape) for name, feature in features.items()}
+    assert shapes == {"down.0": (6, 32), "down.1": (6, 64), "mid": (6, 64)}
+    for name, feature in features.items():
+        torch.testing.assert_close(feature, expected[name], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(feature[0], feature[1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_features_are_spatial_means(unet: Any) -> None:
+    seen = {}
+    hook = unet.mid_block.register_forward_hook(lambda m, i, out: seen.update(mid=out))
+    with FeatureTap(unet) as tap:
+        unet(noise(2, 4, 8, 8), 10, encoder_hidden_states=EMBEDS[:2])
+        features = tap.take()
+        assert tap.take() == {}
+    hook.remove()
+    assert torch.equal(features["mid"], seen["mid"].mean((2, 3)))
+
+
+def test_hooks_are_gone_however_the_tap_closes(unet: Any) -> None:
+    blocks = [*unet.down_blocks, unet.mid_block]
+    tap = FeatureTap(unet)
+    with pytest.raises(TypeError), tap:
+        unet()
+    assert not any(block._forward_hooks for block in blocks)
+    with tap:
+        assert all(len(block._forward_hooks) == 1 for block in blocks)
+    assert not any(block._forward_hooks for block in blocks)
+
+
+def test_a_unet_without_a_middle_is_read_without_it(unet: Any) -> None:
+    mid_block, unet.mid_block = unet.mid_block, None
+    try:
+        with FeatureTap(unet) as tap, torch.no_grad():
+            unet(noise(1, 4, 8, 8), 10, encoder_hidden_states=EMBEDS[:1])
+            assert list(tap.take()) == ["down.0", "down.1"]
+    finally:
+        unet.mid_block = mid_block

@@ -1,0 +1,467 @@
+"""Searching a latent diffusion model: against the stock pipeline, and against itself."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from mctd_diffusers.denoising.environment import LatentEnvironment, measure_prices
+from mctd_diffusers.denoising.stepper import Stepper
+from mctd_diffusers.errors import (
+    CapacityError,
+    ConfigError,
+    NonFiniteRewardError,
+    ScheduleError,
+    SearchError,
+)
+from mctd_diffusers.search.environment import (
+    FIRST_DRAW,
+    Action,
+    Counts,
+    Environment,
+    Handles,
+    Prices,
+)
+from tests.schedulers import make_scheduler, noise
+from tests.tiny_models import GuidedUNet, tiny_unet, tiny_vae
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+SCALE = 3.0
+NUM_STEPS = 8
+FIRST = noise(3, 4, 8, 8, seed=3)
+
+
+@pytest.fixture(scope="module")
+def unet() -> Any:
+    return tiny_unet()
+
+
+@pytest.fixture(scope="module")
+def vae() -> Any:
+    return tiny_vae()
+
+
+class Brightness:
+    """A reward that notes the sizes of its calls, and fails where it is told to."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.prompts: list[str] = []
+        self.poisoned: int | None = None
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], handles: Sequence[int]
+    ) -> npt.NDArray[np.float64]:
+        assert len(images) == len(prompts) == len(handles)
+        assert not images.requires_grad
+        self.sizes.append(len(images))
+        self.prompts += prompts
+        if self.poisoned in handles:
+            raise NonFiniteRewardError("not finite", handles=[self.poisoned])
+        return images.double().mean((1, 2, 3)).numpy()
+
+
+class World:
+    """An environment, with what it is made of at hand."""
+
+    def __init__(
+        self,
+        unet: Any,
+        vae: Any,
+        name: str = "ddim",
+        rows_per_call: int = 4,
+        has_preview: bool = False,
+        **extra: Any,
+    ) -> None:
+        self.embeds, self.negative = noise(3, 5, 16, seed=1), noise(3, 5, 16, seed=2)
+        self.network = GuidedUNet(unet, self.embeds, self.negative, SCALE)
+        self.decoded: list[int] = []
+        self.previewed: list[int] = []
+        self.reward = Brightness()
+        self.stepper = Stepper(make_scheduler(name, NUM_STEPS))
+
+        def decode(latents: Tensor) -> Tensor:
+            self.decoded.append(len(latents))
+            images = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+            return (images * 0.5 + 0.5).clamp(0, 1)
+
+        def preview(latents: Tensor) -> Tensor:
+            self.previewed.append(len(latents))
+            return latents[:, :3].sigmoid()
+
+        self.decode = decode
+        self.environment = LatentEnvironment(
+            network=self.network,
+            stepper=self.stepper,
+            decoder=decode,
+            preview=preview if has_preview else None,
+            reward=self.reward,
+            prompts=["a", "b", "c"],
+            first_latents=FIRST * self.stepper.init_noise_sigma,
+            rows_per_call=rows_per_call,
+            **extra,
+        )
+
+    def start(self, *problems: int) -> Handles:
+        return self.environment.reset(array(*problems), array(*[FIRST_DRAW] * len(problems)))
+
+
+def array(*numbers: int) -> Handles:
+    return np.array(numbers, dtype=np.int64)
+
+
+def advance(
+    environment: Environment,
+    handles: Handles,
+    strides: Sequence[int],
+    eta: float | None = None,
+    seed: int = 0,
+) -> Handles:
+    """Step samples by `strides`; edge `i` has seed `seed + i`, for each sample."""
+    for i, stride in enumerate(strides):
+        environment.denoise(handles)
+        actions = [Action(stride, eta)] * len(handles)
+        children = environment.step(handles, actions, array(*[seed + i] * len(handles)))
+        environment.release(handles)
+        handles = children
+    return handles
+
+
+# Against the stock pipeline
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "euler-karras", "dpm++"])
+def test_a_chain_of_single_steps_is_the_stock_picture_bit_for_bit(
+    unet: Any, vae: Any, name: str
+) -> None:
+    world = World(unet, vae, name, rows_per_call=1)
+    environment = world.environment
+    pipe = StableDiffusionPipeline(
+        vae, None, None, unet, make_scheduler(name), None, None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    arguments: dict[str, Any] = {
+        "prompt_embeds": world.embeds[:1],
+        "negative_prompt_embeds": world.negative[:1],
+        "num_inference_steps": NUM_STEPS,
+        "guidance_scale": SCALE,
+        "height": 16,
+        "width": 16,
+        "latents": FIRST[:1],
+    }
+    latents = pipe(**arguments, output_type="latent").images
+    picture = pipe(**arguments, output_type="pt").images
+
+    finished = advance(environment, world.start(0), [1] * NUM_STEPS)
+    assert torch.equal(environment.denoised(finished), latents)
+    assert torch.equal(environment.images(finished), picture)
+
+
+# A sample depends on its own path alone
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "euler-a", "dpm++", "sde-dpm++"])
+def test_samples_are_the_same_in_any_company(unet: Any, vae: Any, name: str) -> None:
+    paths = [(0, [1, 2, 4, 1]), (1, [2, 2, 2, 2]), (1, [4, 4]), (2, [8]), (0, [2, 4, 2])]
+    alone = []
+    for seed, (problem, strides) in enumerate(paths):
+        world = World(unet, vae, name)
+        finished = advance(world.environment, world.start(problem), strides, 1.0, 100 * seed)
+        alone.append((world.environment.denoised(finished), world.environment.reward(finished)))
+
+    world = World(unet, vae, name)
+    environment = world.environment
+    handles = world.start(*[problem for problem, _ in paths])
+    taken = [0] * len(paths)
+    while going := [i for i, (_, strides) in enumerate(paths) if taken[i] < len(strides)]:
+        environment.denoise(handles[going])
+        environment.value(handles[going[:2]])
+        handles[going] = environment.step(
+            handles[going],
+            [Action(paths[i][1][taken[i]], 1.0) for i in going],
+            array(*[100 * i + taken[i] for i in going]),
+        )
+        for i in going:
+            taken[i] += 1
+    rewards = environment.reward(handles)
+    for i, (latents, reward) in enumerate(alone):
+        assert torch.equal(environment.denoised(handles[[i]]), latents)
+        assert rewards[i] == reward[0]
+
+
+def test_every_call_holds_the_same_number_of_latents(unet: Any, vae: Any) -> None:
+    world = World(unet, vae, has_preview=True)
+    environment = world.environment
+    handles = world.start(0, 1, 2, 0, 1, 2)
+    environment.denoise(handles[:1])
+    environment.value(handles[:1])
+    environment.denoise(handles)
+    environment.value(handles)
+    children = environment.step(handles[:3], [Action(8)] * 3, array(1, 2, 3))
+    environment.reward(children)
+    environment.images(children[:1])
+    for sizes in (
+        world.network.sizes,
+        world.network.combined,
+        world.decoded,
+        world.previewed,
+        world.reward.sizes,
+    ):
+        assert set(sizes) == {4}
+
+
+def test_work_is_metered_by_problem_and_phase(unet: Any, vae: Any) -> None:
+    world = World(unet, vae, has_preview=True, prices=Prices(3.0, 0.5, 2.0))
+    environment = world.environment
+    handles = world.start(0, 1, 1, 2, 2)
+    environment.denoise(handles)
+    environment.denoise(handles)  # again, for nothing
+    environment.value(handles[:3])
+    environment.value(handles[:3])
+    children = environment.step(handles[:2], [Action(8)] * 2, array(1, 2))
+    assert environment.step_price(handles[:2], [Action(8)] * 2) == Counts()
+    environment.reward(children)
+    environment.reward(children)
+    ledger = environment.ledger
+    assert ledger.by_problem == {
+        0: Counts(nfe=1, rows=2, previews=1, decodes=1, reward_calls=2),
+        1: Counts(nfe=2, rows=4, previews=2, decodes=1, reward_calls=3),
+        2: Counts(nfe=2, rows=4),
+    }
+    assert ledger.total == Counts(
+        nfe=5, rows=10, padded_rows=6, calls=2, decodes=2, previews=3, reward_calls=5
+    )
+    assert ledger.cost == 10 + 2 * 3 + 3 * 0.5 + 5 * 2
+    assert set(ledger.seconds) == {"network", "decode", "preview", "reward", "step"}
+
+
+def test_without_a_preview_values_cost_full_decodes(unet: Any, vae: Any) -> None:
+    world = World(unet, vae)
+    handles = world.start(0)
+    world.environment.denoise(handles)
+    value = world.environment.value(handles)
+    assert world.environment.ledger.spent(0) == Counts(nfe=1, rows=2, decodes=1, reward_calls=1)
+    assert value.dtype == np.float64
+    picture = world.environment.previews(handles)
+    assert value[0] == picture.double().mean().item()
+
+
+def test_values_and_rewards_are_those_of_the_sample_and_its_prompt(unet: Any, vae: Any) -> None:
+    world = World(unet, vae)
+    environment = world.environment
+    finished = advance(environment, world.start(0, 1, 2), [4, 4])
+    rewards = environment.reward(finished[[2, 0, 2, 1]])
+    assert world.reward.prompts == ["c", "a", "b", "c"]
+    means = environment.images(finished).double().mean((1, 2, 3)).numpy()
+    assert rewards.tolist() == means[[2, 0, 2, 1]].tolist()
+
+
+# Noise
+
+
+def test_initial_noise_is_the_problems_own_or_a_seeds(unet: Any, vae: Any) -> None:
+    world = World(unet, vae, "euler")
+    environment = world.environment
+    seeds = array(FIRST_DRAW, 7, 7, 8)
+    handles = environment.reset(array(1, 1, 2, 1), seeds)
+    own, seven, again, eight = (sample["latents"] for sample in environment.export(handles))
+    sigma = world.stepper.init_noise_sigma
+    assert torch.equal(own, FIRST[1] * sigma)
+    assert torch.equal(seven, noise(1, 4, 8, 8, seed=7)[0] * sigma)
+    assert torch.equal(seven, again)
+    assert not torch.equal(seven, eight)
+    assert environment.ledger.total == Counts()
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpm++"])
+def test_finished_and_unfinished_samples_go_back_up_the_schedule(
+    unet: Any, vae: Any, name: str
+) -> None:
+    world = World(unet, vae, name)
+    environment = world.environment
+    start = world.start(0)
+    environment.denoise(start)
+    finished = environment.step(start, [Action(8)], array(0))
+    again = environment.renoise(np.concatenate([start, finished]), 3, array(5, 5))
+    environment.release(np.concatenate([start, finished]))
+    saved = environment.export(again)
+    # A single step to the end lands on the denoised estimate.
+    torch.testing.assert_close(saved[0]["latents"], saved[1]["latents"], rtol=1e-4, atol=1e-4)
+    assert [sample["history"] for sample in saved] == [[], []]
+    environment.reward(advance(environment, again, [1, 4]))
+
+
+# What is kept
+
+
+def test_a_child_that_nobody_evaluates_holds_no_tensor(unet: Any, vae: Any) -> None:
+    world = World(unet, vae)
+    environment = world.environment
+    handles = world.start(0)
+    environment.denoise(handles)
+    environment.step(np.repeat(handles, 50), [Action(1, 1.0)] * 50, np.arange(50))
+    held = [sample.latents for sample in environment._samples._samples.values()]
+    assert sum(latents is not None for latents in held) == 1
+
+
+def test_released_parents_live_as_long_as_their_lazy_children(unet: Any, vae: Any) -> None:
+    worlds = [World(unet, vae, "dpm++") for _ in range(2)]
+    results = []
+    for world, releases in zip(worlds, (False, True), strict=True):
+        environment = world.environment
+        handles = advance(environment, world.start(0), [2])
+        environment.denoise(handles)
+        (parent,) = environment._samples[handles]
+        remains = weakref.ref(parent)
+        del parent
+        children = environment.step(handles, [Action(2, 0.5)], array(3))
+        if releases:
+            environment.release(handles)
+        assert remains() is not None
+        environment.denoise(children)
+        assert (remains() is None) == releases
+        results.append(environment.denoised(children))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++"])
+def test_saved_samples_go_on_where_they_were(
+    unet: Any, vae: Any, name: str, tmp_path: Path
+) -> None:
+    world = World(unet, vae, name)
+    environment = world.environment
+    handles = advance(environment, world.start(0, 1), [2, 1])
+    environment.denoise(handles[:1])
+    values = environment.value(handles[:1])
+    finished = environment.step(handles[:1], [Action(5)], array(1))
+    rewards = environment.reward(finished)
+    every = np.concatenate([handles, finished])
+    torch.save(environment.export(every), tmp_path / "samples.pt")
+
+    other = World(unet, vae, name)
+    restored = other.environment.restore(torch.load(tmp_path / "samples.pt", weights_only=True))
+    assert other.environment.value(restored[:1]) == values
+    assert other.environment.reward(restored[2:]) == rewards
+    assert other.environment.ledger.total == Counts()
+    both = [
+        advance(w.environment, h[:2], [1, 4], 0.7) for w, h in ((world, every), (other, restored))
+    ]
+    assert torch.equal(world.environment.denoised(both[0]), other.environment.denoised(both[1]))
+
+
+def test_samples_may_wait_in_another_place(unet: Any, vae: Any) -> None:
+    world = World(unet, vae, "dpm++", storage="cpu")
+    advance(world.environment, world.start(0, 1), [4, 4])
+    assert world.environment._samples.storage.type == "cpu"
+
+
+# Refusals
+
+
+def test_what_cannot_be_asked_is_refused_with_the_handles(unet: Any, vae: Any) -> None:
+    world = World(unet, vae)
+    environment = world.environment
+    first, second = world.start(0), world.start(1)
+    environment.denoise(first)
+    finished = environment.step(first, [Action(8)], array(0))
+    both = np.concatenate([first, second])
+    for refused, blamed, match in (
+        (lambda: environment.step(both, [Action(1)] * 2, array(1, 2)), second, "not evaluated"),
+        (lambda: environment.value(both), second, "not evaluated"),
+        (lambda: environment.previews(both), second, "not evaluated"),
+        (lambda: environment.value(finished), finished, "is finished"),
+        (lambda: environment.step(finished, [Action(1)], array(1)), finished, "is finished"),
+        (lambda: environment.denoised(both), second, "neither evaluated nor finished"),
+        (lambda: environment.renoise(both, 0, array(1, 2)), second, "neither evaluated nor"),
+        (lambda: environment.reward(first), first, "not finished"),
+        (lambda: environment.images(first), first, "not finished"),
+        (lambda: environment.denoise(finished), finished, "is finished"),
+    ):
+        with pytest.raises(SearchError, match=match) as error:
+            refused()
+        assert error.value.handles == tuple(blamed.tolist())
+
+
+def test_strides_and_levels_beyond_the_schedule_are_refused(unet: Any, vae: Any) -> None:
+    environment = (world := World(unet, vae)).environment
+    handles = world.start(0)
+    environment.denoise(handles)
+    with pytest.raises(ScheduleError, match="stride is 9"):
+        environment.step(handles, [Action(9)], array(0))
+    with pytest.raises(ScheduleError, match="step index is 8"):
+        environment.renoise(handles, 8, array(0))
+    assert world.start(0) == [1]  # no handle was given away
+
+
+def test_released_handles_are_refused_everywhere(unet: Any, vae: Any) -> None:
+    environment = (world := World(unet, vae)).environment
+    handles = world.start(0)
+    environment.release(handles)
+    for refused in (
+        environment.denoise,
+        environment.value,
+        environment.reward,
+        environment.images,
+        environment.export,
+        environment.release,
+    ):
+        with pytest.raises(CapacityError, match="handle 0:"):
+            refused(handles)
+
+
+def test_an_error_of_the_reward_keeps_its_handles_and_what_was_scored(unet: Any, vae: Any) -> None:
+    world = World(unet, vae)
+    environment = world.environment
+    finished = advance(environment, world.start(0, 1, 2, 0, 1), [8])
+    world.reward.poisoned = int(finished[4])
+    with pytest.raises(NonFiniteRewardError) as error:
+        environment.reward(finished)
+    assert error.value.handles == (finished[4],)
+    environment.reward(finished[:4])  # known already
+    assert len(world.reward.sizes) == 2
+
+
+def test_prompts_and_first_latents_must_agree(unet: Any, vae: Any) -> None:
+    world = World(unet, vae)
+    with pytest.raises(ConfigError, match="1 prompts but 3 first latents"):
+        LatentEnvironment(
+            network=world.network,
+            stepper=world.stepper,
+            decoder=world.decode,
+            reward=world.reward,
+            prompts=["a"],
+            first_latents=FIRST,
+            rows_per_call=1,
+        )
+
+
+# Prices
+
+
+def test_prices_are_measured_on_calls_of_the_searchs_own_size(unet: Any, vae: Any) -> None:
+    world = World(unet, vae)
+    prices = measure_prices(
+        network=world.network,
+        stepper=world.stepper,
+        decoder=world.decode,
+        reward=world.reward,
+        prompt="a",
+        latents=FIRST[:1],
+        rows_per_call=4,
+        repeats=1,
+    )
+    assert set(world.network.sizes) == set(world.decoded) == set(world.reward.sizes) == {4}
+    assert prices.decode > 0
+    assert prices.preview > 0
+    assert prices.reward_call > 0
+    assert world.environment.ledger.total == Counts()
