@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -176,7 +177,8 @@ def parse_searches(text: str) -> list[tuple[str, Any]]:
     Raises:
         ConfigError: one of them cannot be read, or is named twice.
     """
-    searches = [parse_search(part) for part in text.split(",") if part.strip()]
+    parts = re.split(r",(?![^(]*\))", text)  # not at commas inside parentheses
+    searches = [parse_search(part) for part in parts if part.strip()]
     labels = [label for label, _ in searches]
     for label in labels:
         if labels.count(label) > 1:

@@ -239,6 +239,9 @@ def test_a_search_with_settings_is_read() -> None:
     label, strategy = cli.parse_search("beam:width=2:branch_eta=0.5")
     assert label == "beam:width=2:branch_eta=0.5"
     assert (strategy.width, strategy.branch_eta) == (2, 0.5)
+    searches = cli.parse_searches("mctd:strides=(1,2),beam")
+    assert [label for label, _ in searches] == ["mctd:strides=(1,2)", "beam"]
+    assert searches[0][1].strides == (1, 2)
     assert cli.parse_searches("none, best_of_n") == [("none", None), ("best_of_n", "best_of_n")]
 
 
