@@ -206,7 +206,7 @@ def _thumbnails(
 
 def _thumbnail_label(step_index: int, num_steps: int, score: float) -> str:
     name = "finished" if step_index == num_steps else f"step {step_index}"
-    return name if math.isnan(score) else f"{name} · {score:.3g}"
+    return name if math.isnan(score) else f"{name} · {score:.4g}"
 
 
 def _value_scale(score: npt.NDArray[np.float64]) -> Normalize:
