@@ -1,1 +1,11 @@
-"""What is measured: the scenes and their facts, metrics, the judge and the benchmark."""
+"""What is measured, and by whom: nothing in here is seen by a search or a reward.
+
+- `scenes`: what the model in the box can be asked for, captions and their facts.
+- `contradictions`: captions that are wrong in exactly one way.
+- `judge`: the gold judge, which reads a scene off its picture.
+- `real_scenes`: a sheet of real scenes, and what judge and reward make of them.
+- `metrics`: intervals over prompts, distances, diversity.
+- `model_report`: what a model draws by itself (``mctd evaluate-model``).
+- `benchmark`, `benchmark_report`: methods against each other at equal NFE (``mctd bench``).
+- `ground_truth`: mixtures with a known score, on which a search can be checked exactly.
+"""
