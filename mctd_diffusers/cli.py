@@ -242,8 +242,10 @@ def _load_pipeline(
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    chosen = {} if reward is None else {"reward_model": reward}
     folder = EMBEDDED_MODEL if model == "embedded" else model
+    if model == "embedded" and reward is None:
+        reward = "embedded"
+    chosen = {} if reward is None else {"reward_model": reward}
     try:
         pipe = MCTDPipeline.from_pretrained(folder, **chosen)
     except MCTDError:

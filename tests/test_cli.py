@@ -49,6 +49,7 @@ def box(
         SceneJudge(channels=(8, 8, 8)).save_pretrained(folder)
     load = judges.load_judge
     monkeypatch.setattr(cli, "EMBEDDED_MODEL", str(model))
+    monkeypatch.setattr(resolving, "EMBEDDED_REWARD", model / "reward_model")
     monkeypatch.setattr(judges, "EMBEDDED_JUDGE", folder)
     monkeypatch.setattr(judges, "load_judge", lambda: load(folder))
     return model
