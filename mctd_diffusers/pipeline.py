@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -360,7 +360,7 @@ class MCTDPipeline(DiffusionPipeline):
         *,
         reward_model: Any = _AS_SAVED,
         **kwargs: Any,
-    ) -> Self:
+    ) -> MCTDPipeline:
         r"""Load any pipeline folder or Hub repository of a supported family.
 
         Args:
@@ -407,14 +407,14 @@ class MCTDPipeline(DiffusionPipeline):
             kwargs["preview_vae"] = AutoencoderTiny.from_pretrained(
                 folder / PREVIEW_FOLDER, dtype=dtype
             )
-        pipe: Self = super(MCTDPipeline, family).from_pretrained(source, **kwargs)
+        pipe: MCTDPipeline = super(MCTDPipeline, family).from_pretrained(source, **kwargs)
         pipe.reward_model = reward_model
         if preview_is_saved and kwargs.get("device_map") is not None:
             kwargs["preview_vae"].to(pipe.device)
         return pipe
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> MCTDPipeline:
         r"""Wrap a pipeline in memory, sharing its modules.
 
         Unlike the stock `from_pipe` this casts nothing, so the modules keep their dtype in both
@@ -435,7 +435,7 @@ class MCTDPipeline(DiffusionPipeline):
             ConfigError: a pipeline that no family searches, a reward that cannot be resolved, or an
                 argument that the family does not know.
         """
-        family: type[Self] = cls
+        family: type[MCTDPipeline] = cls
         if cls is MCTDPipeline:
             names = [base.__name__ for base in type(pipeline).__mro__]
             supported = [name for name in names if name in FAMILIES]
@@ -462,7 +462,7 @@ class MCTDPipeline(DiffusionPipeline):
         pipe.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         return pipe if dtype is None else pipe.to(dtype=dtype)
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
+    def to(self, *args: Any, **kwargs: Any) -> MCTDPipeline:
         """Move or cast as the stock pipeline does; a reward with a ``to`` follows to the device."""
         super().to(*args, **kwargs)
         move = getattr(self.reward_model, "to", None)

@@ -29,18 +29,19 @@ SCHEDULE = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
 }
 SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
     "ddpm": (DDPMScheduler, {"clip_sample": False}),
-    "euler": (EulerDiscreteScheduler, {"steps_offset": 1}),
-    "euler_ancestral": (EulerAncestralDiscreteScheduler, {"steps_offset": 1}),
-    "dpm_multistep": (DPMSolverMultistepScheduler, {"steps_offset": 1}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "dpm_multistep": (DPMSolverMultistepScheduler, {}),
     "dpm_multistep_sde": (
         DPMSolverMultistepScheduler,
-        {"steps_offset": 1, "algorithm_type": "sde-dpmsolver++"},
+        {"algorithm_type": "sde-dpmsolver++"},
     ),
-    "pndm": (PNDMScheduler, {"skip_prk_steps": True, "steps_offset": 1}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
 }
 
 
