@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mctd_diffusers.rewards.weighted_sum import WeightedSum
     from mctd_diffusers.search.strategies.beam import Beam
     from mctd_diffusers.search.strategies.best_of_n import BestOfN
+    from mctd_diffusers.search.strategies.mctd import MCTD
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ EMBEDDED_MODEL = str(Path(__file__).parent / "embedded")
 """Folder of the model that ships in the box, for ``MCTDPipeline.from_pretrained``."""
 
 _MODULES = {
+    "MCTD": "search.strategies.mctd",
     "Beam": "search.strategies.beam",
     "BestOfN": "search.strategies.best_of_n",
     "BudgetError": "errors",
@@ -71,6 +73,7 @@ _MODULES = {
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "MCTD",
     "Beam",
     "BestOfN",
     "BudgetError",

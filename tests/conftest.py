@@ -23,6 +23,12 @@ os.environ.update(
 
 import pytest
 from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+import tests.typechecking
+
+# Every call of the package is checked against its signature, shapes included.
+install_import_hook("mctd_diffusers", f"{tests.typechecking.__name__}.check_types")
 
 # `make test` draws the same examples everywhere; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile(
