@@ -188,13 +188,12 @@ class SceneJudge(ModelMixin, ConfigMixin):
     def sightings(self, images: Float[Tensor, "batch 3 height width"]) -> list[list[Sighting]]:
         """List what the judge sees in each picture in [0, 1], the most probable first."""
         outputs = self._read(images)
-        centre = outputs.centre.double().sigmoid()
         # A peak is the largest of the 5x5 cells around it: objects lie at least 6 cells apart.
-        peaks = centre == functional.max_pool2d(centre[:, None], 5, 1, 2)[:, 0]
+        peaks = outputs.centre == functional.max_pool2d(outputs.centre[:, None], 5, 1, 2)[:, 0]
         noun = outputs.noun.double().softmax(dim=1).cpu().numpy()
         colour = outputs.colour.double().softmax(dim=1).cpu().numpy()
         offset = outputs.offset.double().cpu().numpy()
-        heat = (centre * peaks).cpu().numpy()
+        heat = (outputs.centre.double().sigmoid() * peaks).cpu().numpy()
         return [
             _decode(*reading, self.config.sample_size // 4)
             for reading in zip(heat, noun, colour, offset, strict=True)
