@@ -72,7 +72,7 @@ def timed(ledger: Ledger, phase: str, device: torch.device) -> Iterator[None]:
 def synchronize(device: torch.device) -> None:
     """Wait for an accelerator to finish what it was given."""
     if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        torch.get_device_module(device).synchronize()
 
 
 class Evaluation(NamedTuple):

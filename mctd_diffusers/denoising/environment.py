@@ -133,8 +133,9 @@ class LatentEnvironment:
 
         Raises:
             CapacityError: a handle is not known.
-            SearchError: a parent is not evaluated.
+            SearchError: a parent is finished, or not evaluated.
             ScheduleError: a stride does not fit the steps left.
+            ConfigError: an action's ``eta`` is not between 0 and 1.
         """
         samples = self._evaluated(parents)
         children = []
