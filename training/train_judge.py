@@ -406,6 +406,7 @@ def main(arguments: list[str] | None = None) -> None:
     judge = SceneJudge(sample_size=options.resolution)
     if options.init_from:
         judge = SceneJudge.from_pretrained(options.init_from)
+        judge.register_to_config(_name_or_path="")  # no path of this machine in what is saved
     judge = judge.float().to(memory_format=torch.channels_last)
     vocabulary = {"nouns": judge.config.nouns, "colours": judge.config.colours}
     grid = judge.config.sample_size // 4

@@ -170,7 +170,7 @@ def test_a_folder_without_a_judge_says_how_to_get_one(tmp_path: Path) -> None:
 @in_the_box
 def test_the_judge_in_the_box_reads_real_scenes_and_is_not_blind() -> None:
     figures = judge_figures(load_judge(), RealScenes.load())
-    assert figures["facts_right"] >= 0.85
+    assert figures["facts_right"] >= 0.95
     assert figures["refused"] >= 0.9
 
 

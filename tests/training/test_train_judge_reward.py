@@ -199,6 +199,14 @@ def test_a_run_can_begin_with_trained_weights(data: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(value, first[key])
 
 
+def test_no_path_of_this_machine_is_saved(data: Path, tmp_path: Path) -> None:
+    SceneJudge(channels=(8, 8, 8)).save_pretrained(tmp_path / "first")
+    quiet = ["--max_train_steps=1", "--validation_split=", "--blank_split="]
+    run(train_judge, data, tmp_path / "second", f"--init_from={tmp_path / 'first'}", *quiet)
+    saved = (tmp_path / "second" / "judge" / "config.json").read_text("utf-8")
+    assert str(tmp_path) not in saved
+
+
 def test_any_pictures_with_captions_will_do_for_the_reward(tmp_path: Path) -> None:
     rows = [{"image": single(i)["image"], "caption": f"the number {i}"} for i in range(8)]
     dataset = Dataset.from_list(rows).cast_column("image", ImageColumn())
