@@ -15,6 +15,12 @@ from datasets import load_from_disk
 
 from mctd_diffusers.evaluation.real_scenes import SHEET, RealScenes
 
+NOTE = (
+    "Scenes composed of emoji art by Google (Noto, Apache-2.0), Twitter and other contributors "
+    "(Twemoji, CC-BY-4.0), Microsoft (Fluent Emoji, MIT), Ranks.com (EmojiOne 2.3, CC-BY-4.0) and "
+    "Mozilla (FxEmojis, Apache-2.0), cropped, scaled and tinted; see embedded/ATTRIBUTION.md"
+)
+
 
 def main() -> None:
     """Chooses the pictures and writes sheet and captions."""
@@ -25,7 +31,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=SHEET, help="PNG; captions go beside it")
     options = parser.parse_args()
     scenes = RealScenes.from_split(load_from_disk(options.dataset)[options.split], options.number)
-    scenes.save(options.output)
+    scenes.save(options.output, copyright_note=NOTE)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A small sheet of real pictures ships with the package, so that the ceiling of every figure (what
 judge and reward say of *real* pictures) can be printed without the data set. It was written by
-``scripts/make_real_scenes.py``.
+``scripts/make_real_scenes.py``; the art in it and its licences are those of
+``embedded/ATTRIBUTION.md``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mctd_diffusers.denoising.protocols import RewardFn
@@ -94,14 +96,23 @@ class RealScenes:
         tiles = pixels.reshape(-1, side, _COLUMNS, side, 3).swapaxes(1, 2)
         return cls(tiles.reshape(-1, side, side, 3)[: len(captions)].copy(), captions)
 
-    def save(self, path: Path) -> None:
-        """Write the sheet as a PNG, 16 pictures to a row, and its captions as JSON beside it."""
+    def save(self, path: Path, *, copyright_note: str = "") -> None:
+        """Write the sheet as a PNG, 16 pictures to a row, and its captions as JSON beside it.
+
+        Args:
+            path: of the PNG.
+            copyright_note: goes into the file, where a note is due.
+        """
         rows = -(-len(self) // _COLUMNS)
         height, width = self.pixels.shape[1:3]
         tiles = np.full((rows * _COLUMNS, height, width, 3), 255, dtype=np.uint8)
         tiles[: len(self)] = self.pixels
         sheet = tiles.reshape(rows, _COLUMNS, height, width, 3).swapaxes(1, 2)
-        Image.fromarray(sheet.reshape(rows * height, _COLUMNS * width, 3)).save(path, optimize=True)
+        note = PngInfo()
+        if copyright_note:
+            note.add_text("Copyright", copyright_note)
+        whole = Image.fromarray(sheet.reshape(rows * height, _COLUMNS * width, 3))
+        whole.save(path, optimize=True, pnginfo=note)
         text = json.dumps(list(self.captions), indent=0)
         path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
