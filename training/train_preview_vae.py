@@ -312,7 +312,7 @@ def decode_flops(autoencoder: Any, latents: torch.Tensor) -> int:
 def make_preview(options: Options, vae: AutoencoderKL) -> AutoencoderTiny:
     """Makes a fresh small autoencoder for the same latents, or loads the one to begin with."""
     if options.init_from:
-        return AutoencoderTiny.from_pretrained(options.init_from, torch_dtype=torch.float32)
+        return AutoencoderTiny.from_pretrained(options.init_from).float()
     num_sides = len(vae.config.block_out_channels)
     blocks = tuple(int(number) for number in options.decoder_blocks.split(","))
     if len(blocks) != num_sides:
@@ -354,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Models.
     if not Path(options.vae).is_dir():
         raise ConfigError(f"vae={options.vae!r} is no folder; training/train_vae.py makes one")
-    vae = AutoencoderKL.from_pretrained(options.vae, torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(options.vae).float()
     vae.requires_grad_(False).eval().to(accelerator.device, memory_format=torch.channels_last)
     scaling = vae.config.scaling_factor
     tiny = make_preview(options, vae).to(memory_format=torch.channels_last)

@@ -81,6 +81,13 @@ class Options:
     max_train_samples: int = field(
         default=0, metadata={"help": "use this many rows of the split; 0 for all"}
     )
+    favoured_kinds: str = field(
+        default="one_object,colours",
+        metadata={"help": "values of the column 'kind' to draw more often, joined by ','"},
+    )
+    favoured_share: float = field(
+        default=0.0, metadata={"help": "share of a batch drawn from those kinds alone"}
+    )
     block_out_channels: str = field(
         default="48,96,128", metadata={"help": "widths; all but the first attend to the caption"}
     )
@@ -287,6 +294,7 @@ class Latents:
 
     def __init__(self, vae: AutoencoderKL, data: Dataset, options: Options, folder: Path) -> None:
         self.vae, self.data, self.options = vae, data, options
+        self.scaling_factor = vae.config.scaling_factor
         digest = hashlib.sha256(str((data._fingerprint, len(data), options.resolution)).encode())
         for weights in vae.state_dict().values():
             digest.update(weights.float().contiguous().numpy().tobytes())
@@ -308,8 +316,9 @@ class Latents:
             images = images.to(self.vae.device, memory_format=torch.channels_last)
             made = self.vae.encode(images).latent_dist.mean
             self.stored[missing] = made.cpu().numpy().astype(np.float16)
-        found = torch.from_numpy(self.stored[rows].astype(np.float32))
-        return found * self.vae.config.scaling_factor
+        found: torch.Tensor = torch.from_numpy(self.stored[rows].astype(np.float32))
+        found *= self.scaling_factor
+        return found
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_tokens: int) -> CLIPTokenizer:
@@ -359,12 +368,12 @@ class Denoiser(torch.nn.Module):
 def make_parts(options: Options, captions: Iterable[str]) -> StableDiffusionPipeline:
     """Makes a fresh pipeline around the autoencoder, or loads the one to begin with."""
     if options.init_from:
-        return StableDiffusionPipeline.from_pretrained(
-            options.init_from, torch_dtype=torch.float32, safety_checker=None
+        return StableDiffusionPipeline.from_pretrained(options.init_from, safety_checker=None).to(
+            torch.float32
         )
     if not Path(options.vae).is_dir():
         raise ConfigError(f"vae={options.vae!r} is no folder; training/train_vae.py makes one")
-    vae = AutoencoderKL.from_pretrained(options.vae, torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(options.vae).float()
     tokenizer = train_tokenizer(captions, options.vocab_size, options.max_tokens)
     widths = tuple(int(width) for width in options.block_out_channels.split(","))
     text_encoder = CLIPTextModel(
@@ -530,6 +539,19 @@ def main(arguments: list[str] | None = None) -> None:
             extra = extra.select(np.flatnonzero(extra["in_vocabulary"]).tolist())
         sets.append(extra)
     captions = [caption for part in sets for caption in part[options.caption_column]]
+    favoured = np.zeros(0, int)
+    if options.favoured_share:
+        if "kind" not in data.column_names:
+            raise ConfigError(
+                f"favoured_share={options.favoured_share} needs a column 'kind' in "
+                f"{options.dataset!r}, which has {data.column_names}; leave it at 0"
+            )
+        favoured = np.flatnonzero(np.isin(data["kind"], options.favoured_kinds.split(",")))
+        if not len(favoured):
+            raise ConfigError(
+                f"favoured_kinds={options.favoured_kinds!r} are none of the kinds "
+                f"{sorted(set(data['kind']))}"
+            )
 
     # Models.
     pipeline = make_parts(options, captions)
@@ -544,19 +566,21 @@ def main(arguments: list[str] | None = None) -> None:
     empty = tokenize(pipeline.tokenizer, [""])[0]
     alphas = pipeline.scheduler.alphas_cumprod.to(accelerator.device)
     folder = output / "latents"
-    latents = [Latents(vae, part, options, folder) for part in sets]
     if options.validation_split:
         unseen = open_split(options, options.validation_split)
         unseen = unseen.select(range(min(256, len(unseen))))
         unseen_ids = tokenize(pipeline.tokenizer, list(unseen[options.caption_column]))
-        unseen_latents = Latents(vae, unseen, options, folder)
+    with accelerator.main_process_first():
+        latents = [Latents(vae, part, options, folder) for part in sets]
+        if options.validation_split:
+            unseen_latents = Latents(vae, unseen, options, folder)
 
     # Optimiser.
     optimizer = torch.optim.AdamW(
         trained, lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=options.weight_decay
     )
     model, optimizer = accelerator.prepare(denoiser, optimizer)
-    ema = EMAModel(trained, decay=options.ema_decay)
+    ema = EMAModel(trained, decay=options.ema_decay, foreach=True)
     accelerator.register_for_checkpointing(ema)
 
     # Loop. Each process has noise of its own.
@@ -565,9 +589,10 @@ def main(arguments: list[str] | None = None) -> None:
     step = load_checkpoint(accelerator, output, options.resume_from_checkpoint)
     passes = options.gradient_accumulation_steps
     share = (accelerator.process_index, accelerator.num_processes)
-    batches = batch_indices(
-        len(captions), options.train_batch_size * share[1], options.seed, step * passes
-    )
+    size = options.train_batch_size * share[1]
+    num_favoured = round(options.favoured_share * size)
+    batches = batch_indices(len(captions), size - num_favoured, options.seed, step * passes)
+    favours = batch_indices(len(favoured), num_favoured, options.seed + 1, step * passes)
     progress = tqdm(
         total=options.max_train_steps,
         initial=step,
@@ -587,7 +612,10 @@ def main(arguments: list[str] | None = None) -> None:
                 options.max_train_steps,
             )
         for _ in range(passes):
-            rows = next(batches)[share[0] :: share[1]]
+            rows = next(batches)
+            if num_favoured:
+                rows += favoured[next(favours)].tolist()
+            rows = rows[share[0] :: share[1]]
             # The rows of the second split come after those of the first.
             first = [row for row in rows if row < len(sets[0])]
             second = [row - len(sets[0]) for row in rows if row >= len(sets[0])]

@@ -383,7 +383,7 @@ def main(arguments: list[str] | None = None) -> None:
     batches = batch_indices(len(data), size - num_extra * share[1], options.seed, step * passes)
     extras = (
         batch_indices(len(extra), num_extra * share[1], options.seed + 1, step * passes)
-        if num_extra
+        if extra is not None and num_extra
         else None
     )
     progress = tqdm(
@@ -407,7 +407,7 @@ def main(arguments: list[str] | None = None) -> None:
         is_halved = options.train_encoder and chance < options.halved_share
         for _ in range(passes):
             images = load_pictures(data, next(batches)[share[0] :: share[1]], options)
-            if extras is not None:
+            if extra is not None and extras is not None:
                 rows = next(extras)[share[0] :: share[1]]
                 images = torch.cat([images, load_pictures(extra, rows, options)])
             images = images.to(accelerator.device, memory_format=torch.channels_last)
