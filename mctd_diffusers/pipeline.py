@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,15 +30,27 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from huggingface_hub import hf_hub_download, snapshot_download
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from mctd_diffusers.denoising.denoiser import chunks, synchronize
-from mctd_diffusers.denoising.environment import LatentEnvironment, measure_prices
-from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, Network, Outputs, RewardFn
+from mctd_diffusers.calls import (
+    Prepared,
+    SearchOptions,
+    WithPlain,
+    World,
+    as_config_errors,
+    call_budgets,
+    check_options,
+    check_stock,
+    configured_strategy,
+    plain_sample_of,
+    reward_prompts_of,
+)
+from mctd_diffusers.denoising.denoiser import chunks
+from mctd_diffusers.denoising.environment import LatentEnvironment
+from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, RewardFn
 from mctd_diffusers.denoising.stepper import Stepper, check_scheduler
-from mctd_diffusers.errors import BudgetError, ConfigError, SearchError, UnsupportedSchedulerError
+from mctd_diffusers.errors import ConfigError, SearchError, UnsupportedSchedulerError
 from mctd_diffusers.results import (
     Estimate,
     ImageSearch,
@@ -56,13 +68,11 @@ from mctd_diffusers.results import (
 from mctd_diffusers.rewards.calls import call_reward
 from mctd_diffusers.rewards.clip import ClipReward
 from mctd_diffusers.rewards.resolving import resolve_reward
-from mctd_diffusers.search.budget import REWARD_SPENDS, VALUE_SPENDS, Budget
-from mctd_diffusers.search.environment import FIRST_DRAW, Action, Asks, Handles, Ledger, Prices
+from mctd_diffusers.search.environment import FIRST_DRAW, Action, Handles, Prices
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.runner import Finished, SearchResult, Strategy, Wave, run_search
 from mctd_diffusers.search.seeding import root_seed_of
-from mctd_diffusers.search.strategies import STRATEGIES, BestOfN, resolve_strategy
-from mctd_diffusers.search.tree import STEP, path_to_root
+from mctd_diffusers.search.strategies import STRATEGIES, BestOfN
 
 logger = logging.getLogger(__name__)
 
@@ -79,236 +89,9 @@ REWARD_FOLDER = "reward_model"
 PREVIEW_FOLDER = "preview_vae"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
-DEFAULT_COMPUTE = 8
-"""Plain samples' worth of NFE for each image, where no budget is named."""
-STRATEGY_OPTIONS = ("strides", "stride_policy", "wave_size")
-"""Arguments of a call that set the setting of that name in the strategy."""
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 _AS_SAVED: Any = object()
 """Default of ``reward_model`` in `from_pretrained`: the reward that was saved, if any."""
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """Our arguments of a call; see ``__call__`` of a family for what they mean."""
-
-    search: str | Strategy | None = "mctd"
-    compute: float | None = None
-    nfe_budget: int | None = None
-    cost_budget: float | None = None
-    time_budget_s: float | None = None
-    reward_model: Any = None
-    reward_prompt: str | list[str] | None = None
-    strides: Sequence[int] | None = None
-    stride_policy: str | None = None
-    search_scheduler: SchedulerMixin | None = None
-    wave_size: int | None = None
-    rows_per_call: int | None = None
-    include_plain: bool = False
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a family makes of the stock arguments.
-
-    Attributes:
-        network: conditioned on every image.
-        decoder: decodes finished samples.
-        preview: decodes unfinished ones; ``None`` where there is no preview decoder.
-        free_guidance: whether guidance is arithmetic on the network's outputs.
-        first_latents: initial noise of each image, by the stock ``prepare_latents``.
-    """
-
-    network: Network
-    decoder: Decoder
-    preview: Decoder | None
-    free_guidance: bool
-    first_latents: Float[Tensor, "images channels height width"]
-
-
-@dataclass
-class _Counted:
-    """A callable on batches that counts rows, padding included: what its seconds are shared by."""
-
-    function: Callable[..., Any]
-    rows: int = 0
-
-    def __call__(self, batch: Tensor, *rest: Any) -> Any:
-        self.rows += len(batch)
-        return self.function(batch, *rest)
-
-
-@dataclass
-class _Folded:
-    """A network whose problems count twice: once for the search, once for the plain sample."""
-
-    network: Network
-    images: int
-    rows_per_latent: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.rows_per_latent = self.network.rows_per_latent
-
-    def __call__(self, latents: Tensor, timesteps: Tensor, problems: Sequence[int]) -> Outputs:
-        return self.network(latents, timesteps, [problem % self.images for problem in problems])
-
-    def combine(self, outputs: Outputs) -> Tensor:
-        return self.network.combine(outputs)
-
-
-@dataclass(frozen=True)
-class _WithPlain:
-    """A strategy, and in the same waves the plain sample of every image.
-
-    Attributes:
-        strategy: searches the problems below ``images``.
-        images: problems from here on make the plain sample of the image ``images`` before.
-    """
-
-    strategy: Strategy
-    images: int
-
-    @property
-    def name(self) -> str:
-        """Name of the strategy."""
-        return self.strategy.name
-
-    def least_nfe(self, num_steps: int) -> int:
-        """Fewest evaluations of either."""
-        return min(num_steps, self.strategy.least_nfe(num_steps))
-
-    def search(self, problem: Problem) -> Asks:
-        """Coroutine of the one or the other."""
-        is_plain = problem.index >= self.images
-        return (BestOfN(n=1) if is_plain else self.strategy).search(problem)
-
-
-@dataclass(frozen=True)
-class World:
-    """One call, set up to be searched.
-
-    Attributes:
-        prepared: the family's part.
-        stepper: over the scheduler of the search.
-        scheduler: that scheduler.
-        reward: checked.
-        prompts: that the reward reads, one an image.
-        rows_per_call: latents in every call.
-        settings: the shared part of each image's recipes.
-        prices: measured beforehand; all 0 where nothing is decided by them.
-        with_plain: whether the plain samples are made beside the search, as problems of their own.
-    """
-
-    prepared: Prepared
-    stepper: Stepper
-    scheduler: SchedulerMixin
-    reward: CheckedReward
-    prompts: list[str]
-    rows_per_call: int
-    settings: list[dict[str, Any]]
-    prices: Prices
-    with_plain: bool
-
-    @functools.cached_property
-    def decoder(self) -> Any:
-        """The full decoder, counted."""
-        return _Counted(self.prepared.decoder)
-
-    @functools.cached_property
-    def preview(self) -> Any:
-        """The preview decoder, counted."""
-        return None if self.prepared.preview is None else _Counted(self.prepared.preview)
-
-    @functools.cached_property
-    def counted_reward(self) -> Any:
-        """The reward, counted."""
-        return _Counted(self.reward)
-
-    @functools.cached_property
-    def environment(self) -> LatentEnvironment:
-        """The environment over all of it; the same at every access."""
-        times = 2 if self.with_plain else 1
-        return LatentEnvironment(
-            network=_Folded(self.prepared.network, len(self.prompts)),
-            stepper=self.stepper,
-            decoder=self.decoder,
-            preview=self.preview,
-            reward=self.counted_reward,
-            prompts=self.prompts * times,
-            first_latents=torch.cat([self.prepared.first_latents] * times),
-            rows_per_call=self.rows_per_call,
-            prices=self.prices,
-        )
-
-    def problems(self, budget: Budget, *, first_index: int = 0) -> list[Problem]:
-        """One problem an image, each with ``budget``."""
-        latents = self.prepared.first_latents
-        # Without a preview decoder an unfinished sample is decoded in full to be valued.
-        value_spends = VALUE_SPENDS if self.prepared.preview is not None else REWARD_SPENDS
-        return [
-            Problem(
-                index=first_index + i,
-                num_steps=self.stepper.num_steps,
-                root_seed=root_seed_of(bytes_of(latents[i])),
-                budget=budget,
-                prices=self.prices,
-                rows_per_nfe=self.prepared.network.rows_per_latent,
-                free_guidance=self.prepared.free_guidance,
-                value_spends=value_spends,
-            )
-            for i in range(len(latents))
-        ]
-
-    def measure_prices(self) -> Prices:
-        """The price list, from a few calls of each kind."""
-        return measure_prices(
-            network=self.prepared.network,
-            stepper=self.stepper,
-            decoder=self.prepared.decoder,
-            preview=self.prepared.preview,
-            reward=self.reward,
-            prompt=self.prompts[0],
-            latents=self.prepared.first_latents[:1],
-            rows_per_call=self.rows_per_call,
-        )
-
-    def seconds_per_row(self) -> float:
-        """Seconds of one row through the network, at the rows of a full call."""
-        first, network = self.prepared.first_latents[:1], self.prepared.network
-        rows = [0] * self.rows_per_call
-        batch = first.expand(self.rows_per_call, *first.shape[1:]).contiguous()
-        inputs = self.stepper.scale_model_input(batch, rows)
-        timesteps = self.stepper.timesteps[rows].to(batch.device)
-        started = time.perf_counter()
-        network(inputs, timesteps, rows)
-        synchronize(batch.device)
-        seconds = time.perf_counter() - started
-        return seconds / (self.rows_per_call * network.rows_per_latent)
-
-    def settled_ledger(self) -> Ledger:
-        """The ledger when all is done: by image, and with the prices that were really paid."""
-        ledger = self.environment.ledger
-        for index in sorted(ledger.by_problem):
-            if index >= len(self.prompts):
-                image = index - len(self.prompts)
-                ledger.by_problem[image] = ledger.spent(image) + ledger.by_problem.pop(index)
-        rows = ledger.total.rows + ledger.total.padded_rows
-        if self.prices != Prices() or not rows:
-            return ledger
-        row = ledger.seconds["network"] / rows
-
-        def price(phase: str, counted: _Counted | None) -> float:
-            if counted is None or not counted.rows:
-                return 0.0
-            return ledger.seconds.get(phase, 0.0) / counted.rows / row
-
-        ledger.prices = Prices(
-            decode=price("decode", self.decoder),
-            preview=price("preview", self.preview),
-            reward_call=price("reward", self.counted_reward),
-        )
-        return ledger
 
 
 def family_class(stock_class_name: object) -> type[MCTDPipeline]:
@@ -385,7 +168,9 @@ class MCTDPipeline(DiffusionPipeline):
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         index = _read_model_index(source, hub)
         family = family_class(index.get("_class_name")) if cls is MCTDPipeline else cls
-        ours = index.get(OUR_KEY) or {}
+        ours = index.get(OUR_KEY)
+        if ours is None:  # a folder that a script put together; ours always have the key
+            ours = _parts_beside(Path(source))
         reward_is_saved = reward_model is _AS_SAVED and "reward_model" in ours
         preview_is_saved = "preview_vae" not in kwargs and "preview_vae" in ours
         folder = Path(source)
@@ -525,8 +310,7 @@ class MCTDPipeline(DiffusionPipeline):
             ours["preview_vae"] = preview_vae
         if type(self.reward_model) is ClipReward:
             ours["reward_model"] = {"kind": "clip", "scale": self.reward_model.scale}
-        if ours:
-            index[OUR_KEY] = ours
+        index[OUR_KEY] = ours
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     # Searching
@@ -555,11 +339,11 @@ class MCTDPipeline(DiffusionPipeline):
         """Search every image of a call, in shared waves."""
         started = time.monotonic()
         world, strategy = self._set_up(stock, options)
-        budget, plain_budget = _budgets(world, strategy, options)
+        budget, plain_budget = call_budgets(world, strategy, options)
         problems = world.problems(budget)
         if plain_budget is not None:
             problems += world.problems(plain_budget, first_index=len(problems))
-            strategy = _WithPlain(strategy, len(world.prompts))
+            strategy = WithPlain(strategy, len(world.prompts))
         seconds = options.time_budget_s
         if seconds is not None:
             seconds = max(seconds - (time.monotonic() - started), 1e-3)
@@ -568,12 +352,12 @@ class MCTDPipeline(DiffusionPipeline):
                 results = run_search(
                     strategy, world.environment, problems, seconds=seconds, on_wave=on_wave
                 )
+            output = self._output(world, stock, options, results)
         except SearchError as error:
             error.partial = error.partial and self._output(world, stock, options, error.partial)
-            self.maybe_free_model_hooks()
             raise
-        output = self._output(world, stock, options, results)
-        self.maybe_free_model_hooks()
+        finally:
+            self.maybe_free_model_hooks()
         if stock["return_dict"]:
             return output
         # As the stock tuple begins: images, then what the safety checker says.
@@ -582,11 +366,11 @@ class MCTDPipeline(DiffusionPipeline):
 
     def _set_up(self, stock: dict[str, Any], options: SearchOptions) -> tuple[World, Strategy]:
         """Check every argument, then make the world to be searched."""
-        strategy = _configured(options)
-        _check_options(options)
-        _check_stock(stock)
+        strategy = configured_strategy(options)
+        check_options(options)
+        check_stock(stock)
         self._check_call(stock)
-        prompts = _reward_prompts(stock, options)
+        prompts = reward_prompts_of(stock, options)
         draws = first_draws(stock, len(prompts))
         reward = self._reward_of(options.reward_model)
         scheduler = self._scheduler_of(options.search_scheduler)
@@ -657,7 +441,7 @@ class MCTDPipeline(DiffusionPipeline):
         images, nsfw = self._pictures(world, winners, stock["output_type"])
         plain_samples = None
         if options.include_plain:
-            plain = [_plain_sample(result) for result in results[-count:]]
+            plain = [plain_sample_of(result) for result in results[-count:]]
             plain_samples = PlainSamples(
                 self._pictures(world, plain, stock["output_type"])[0],
                 [None if sample is None else sample.reward for sample in plain],
@@ -958,7 +742,7 @@ class MCTDPipeline(DiffusionPipeline):
         finish = (prices.decode + prices.reward_call) / num_steps
         cost_per_nfe = world.prepared.network.rows_per_latent + value + finish
         nfe: float = 0
-        for budget in _budgets(world, strategy, options):
+        for budget in call_budgets(world, strategy, options):
             if budget is not None:
                 most = math.inf if budget.nfe is None else budget.nfe
                 if budget.cost is not None:
@@ -994,6 +778,16 @@ def _read_model_index(source: str, hub: dict[str, Any]) -> dict[str, Any]:
     return index
 
 
+def _parts_beside(folder: Path) -> dict[str, Any]:
+    """Our entries for the parts of ours that lie in a folder whose index names none."""
+    ours: dict[str, Any] = {}
+    if (folder / REWARD_FOLDER / "config.json").is_file():
+        ours["reward_model"] = "clip"
+    if (folder / PREVIEW_FOLDER / "config.json").is_file():
+        ours["preview_vae"] = ["diffusers", "AutoencoderTiny"]
+    return ours
+
+
 def _restore_reward(folder: Path, entry: str | dict[str, Any]) -> RewardFn:
     """Load the reward that was saved with a pipeline."""
     settings = {"kind": entry} if isinstance(entry, str) else dict(entry)
@@ -1003,151 +797,6 @@ def _restore_reward(folder: Path, entry: str | dict[str, Any]) -> RewardFn:
             f"the saved reward is of kind {kind!r}, known is 'clip': pass reward_model=... instead"
         )
     return ClipReward.from_pretrained(folder, **settings)
-
-
-def _configured(options: SearchOptions) -> Strategy:
-    """The strategy that is asked for, with the settings that the call names."""
-    strategy = resolve_strategy(options.search)  # type: ignore[arg-type]  # None was sent elsewhere
-    named = {
-        name: getattr(options, name)
-        for name in STRATEGY_OPTIONS
-        if getattr(options, name) is not None
-    }
-    if not named:
-        return strategy
-    known: set[str] = {part.name for part in fields(strategy)} if is_dataclass(strategy) else set()
-    unknown = sorted(set(named) - known)
-    if unknown:
-        raise ConfigError(
-            f"{', '.join(unknown)} is no setting of search {strategy.name!r}, which has "
-            f"{', '.join(sorted(known)) or 'none'}: leave it out, or use another search"
-        )
-    return replace(strategy, **named)  # type: ignore[type-var]  # its settings validate themselves
-
-
-def _check_options(options: SearchOptions) -> None:
-    """Refuse budgets that contradict each other, and numbers that are not positive."""
-    if options.compute is not None and options.nfe_budget is not None:
-        raise ConfigError(
-            f"compute={options.compute} and nfe_budget={options.nfe_budget} bound the same thing: "
-            "give "
-            "one of them"
-        )
-    for name in ("compute", "nfe_budget", "cost_budget", "time_budget_s"):
-        given = getattr(options, name)
-        if given is None:
-            continue
-        if (
-            isinstance(given, bool)
-            or not isinstance(given, int | float)
-            or not 0 < given < math.inf
-        ):
-            raise ConfigError(f"{name}={given!r}: give a number above 0")
-    for name in ("nfe_budget", "rows_per_call"):
-        given = getattr(options, name)
-        if given is not None and (
-            isinstance(given, bool) or not isinstance(given, int) or given < 1
-        ):
-            raise ConfigError(f"{name}={given!r}: give a whole number of at least 1")
-
-
-def _budgets(
-    world: World, strategy: Strategy, options: SearchOptions
-) -> tuple[Budget, Budget | None]:
-    """What may be spent on each image: by the search, and by its plain sample beside it."""
-    num_steps = world.stepper.num_steps
-    nfe = options.nfe_budget
-    others = (options.nfe_budget, options.cost_budget, options.time_budget_s)
-    if options.compute is not None or all(other is None for other in others):
-        nfe = math.floor((options.compute or DEFAULT_COMPUTE) * num_steps + 1e-9)
-    if nfe == 0:
-        raise BudgetError(
-            f"compute={options.compute} of {num_steps} steps is less than one NFE: give at least "
-            "compute=1, the cost of a plain sample"
-        )
-    budget = Budget(nfe, options.cost_budget)
-    if not world.with_plain:
-        return budget, None
-    account = world.problems(budget)[0].account
-    plain = account.price(nfe=num_steps, rewards=1)
-    least_nfe = strategy.least_nfe(num_steps)
-    least = account.price(nfe=least_nfe, rewards=1)
-    if not account.affords(plain + least):
-        needed = f"{num_steps} + {least_nfe} NFE"
-        if budget.cost is not None:
-            needed += f", {account.prices.cost(plain + least):.4g} row-equivalents in all"
-        raise BudgetError(
-            f"{budget} cannot pay for the plain sample and one of {strategy.name!r}, which need "
-            f"{needed}: raise the budget, or leave include_plain out"
-        )
-    if budget.cost is not None:
-        budget = replace(budget, cost=budget.cost - account.prices.cost(plain))
-    if budget.nfe is not None:
-        budget = replace(budget, nfe=budget.nfe - num_steps)
-    return budget, Budget(num_steps)
-
-
-def _check_stock(stock: dict[str, Any]) -> None:
-    """Refuse stock arguments that a search cannot follow, or that no stock code checks."""
-    for name in ("callback_on_step_end", "callback"):
-        if stock.get(name) is not None:
-            raise ConfigError(
-                f"{name} follows a single line of steps, and a search has none: leave it out, or "
-                "call "
-                "with search=None"
-            )
-    if stock["num_images_per_prompt"] is None:
-        stock["num_images_per_prompt"] = 1
-    for name in ("num_inference_steps", "num_images_per_prompt"):
-        if not isinstance(stock[name], int) or stock[name] < 1:
-            raise ConfigError(f"{name}={stock[name]!r}: give a whole number of at least 1")
-    if stock["timesteps"] is not None and stock["sigmas"] is not None:
-        raise ConfigError("timesteps and sigmas both set the schedule: give one of them")
-    if stock["output_type"] not in OUTPUT_TYPES:
-        raise ConfigError(
-            f"output_type={stock['output_type']!r}: choose one of "
-            f"{', '.join(map(repr, OUTPUT_TYPES))}"
-        )
-    prompt, negative = stock["prompt"], stock["negative_prompt"]
-    if isinstance(prompt, list) and (not prompt or not all(isinstance(p, str) for p in prompt)):
-        raise ConfigError(f"prompt={prompt!r}: give a string, or a list of at least one string")
-    if negative is not None and prompt is not None:
-        if type(negative) is not type(prompt):
-            raise ConfigError(
-                f"prompt is a {type(prompt).__name__} and negative_prompt a "
-                f"{type(negative).__name__}: "
-                "give both as strings or both as lists"
-            )
-        if isinstance(prompt, list) and len(negative) != len(prompt):
-            raise ConfigError(
-                f"there are {len(prompt)} prompts and {len(negative)} negative prompts: give one "
-                "for each"
-            )
-
-
-def num_prompts(stock: dict[str, Any]) -> int:
-    """How many prompts a call has, before ``num_images_per_prompt``."""
-    if stock["prompt"] is None:
-        return len(stock["prompt_embeds"])
-    return 1 if isinstance(stock["prompt"], str) else len(stock["prompt"])
-
-
-def _reward_prompts(stock: dict[str, Any], options: SearchOptions) -> list[str]:
-    """What the reward reads, one an image."""
-    texts = stock["prompt"] if options.reward_prompt is None else options.reward_prompt
-    count = num_prompts(stock)
-    if texts is None:
-        raise ConfigError(
-            "prompt_embeds hold no text that a reward could read: say it with reward_prompt=..., "
-            "or pass "
-            "reward_prompt='' for a reward that reads none"
-        )
-    texts = [texts] * count if isinstance(texts, str) else list(texts)
-    if len(texts) != count:
-        raise ConfigError(
-            f"there are {count} prompts and {len(texts)} reward prompts: give one for each prompt"
-        )
-    return [text for text in texts for _ in range(stock["num_images_per_prompt"])]
 
 
 def _retrace(environment: LatentEnvironment, moves: Sequence[dict[str, Any]]) -> list[Handles]:
@@ -1169,22 +818,6 @@ def _retrace(environment: LatentEnvironment, moves: Sequence[dict[str, Any]]) ->
     return path
 
 
-def _plain_sample(result: SearchResult) -> Finished | None:
-    """The finished sample that the stock loop would make, if the search made it."""
-    tree = result.tree
-    for sample in result.finished:
-        path = path_to_root(tree, sample.node)[:-1]
-        steps = path[:-1]
-        if (
-            tree.seed[path[-1]] == FIRST_DRAW
-            and (tree.move[steps] == STEP).all()
-            and (tree.stride[steps] == 1).all()
-            and np.isnan(tree.eta[steps]).all()
-        ):
-            return sample
-    return None
-
-
 def _peak_memory(device: torch.device) -> int:
     """Bytes that the accelerator held at most; on the host, that the process did."""
     if device.type == "cuda":
@@ -1194,14 +827,3 @@ def _peak_memory(device: torch.device) -> int:
 
 def _no_reward(images: Tensor, prompts: Sequence[str], handles: Sequence[int]) -> Any:
     raise AssertionError("a replay without a reward scores nothing")
-
-
-@contextmanager
-def as_config_errors() -> Iterator[None]:
-    """Let what the stock code refuses be one of our errors."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error

@@ -24,6 +24,7 @@ ORDER = [
     {"denoising"},
     {"models", "rewards"},
     {"results"},
+    {"calls"},
     {"pipeline"},
     {"families"},
     {"trajectories", "evaluation", "viewing"},

@@ -31,16 +31,11 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from mctd_diffusers.calls import Prepared, SearchOptions, as_config_errors, num_prompts
 from mctd_diffusers.denoising.denoiser import chunks
 from mctd_diffusers.denoising.protocols import Outputs
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.pipeline import (
-    MCTDPipeline,
-    Prepared,
-    SearchOptions,
-    as_config_errors,
-    num_prompts,
-)
+from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.results import MCTDPipelineOutput
 from mctd_diffusers.search.runner import Strategy
 

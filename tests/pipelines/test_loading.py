@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,24 @@ def test_no_path_of_this_machine_is_written(saved: Path, tmp_path: Path) -> None
     for path in (tmp_path / "again").rglob("*.json"):
         assert str(saved) not in path.read_text(), path
         assert str(tmp_path) not in path.read_text(), path
+
+
+def test_parts_that_a_script_put_beside_the_stock_ones_are_found(
+    saved_stock: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "together"
+    shutil.copytree(saved_stock, folder)
+    tiny.make_clip_reward().save_pretrained(folder / "reward_model")
+    tiny.make_preview_vae().save_pretrained(folder / "preview_vae")
+    pipe = MCTDPipeline.from_pretrained(folder)
+    assert isinstance(pipe.reward_model, ClipReward)
+    assert pipe.preview_vae is not None
+    pipe.reward_model = tiny.redness
+    pipe.preview_vae = None
+    pipe.save_pretrained(folder)
+    again = MCTDPipeline.from_pretrained(folder)
+    assert again.reward_model is None
+    assert again.preview_vae is None
 
 
 def test_parts_assigned_late_are_saved(stock: Any, tmp_path: Path) -> None:
