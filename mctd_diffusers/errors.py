@@ -8,7 +8,7 @@
         UnsupportedSchedulerError                  a scheduler with hidden state we cannot restore
         BudgetError                                a budget too small to finish one sample
       SearchError(MCTDError)                       found during a search; carries handles
-        RewardError(SearchError)                   a reward that raised, or answered in the wrong form
+        RewardError(SearchError)                   a reward that raised, or answered wrongly
           NonFiniteRewardError(ValueError)         a reward that is NaN or infinite
         CapacityError(SearchError, IndexError)     a handle or a row that does not exist
 

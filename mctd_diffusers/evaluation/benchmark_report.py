@@ -367,7 +367,9 @@ def markdown(report: BenchReport) -> str:
         ),
         "",
         f"Machine: {', '.join(f'{name} {what}' for name, what in report.machine.items())}. "
-        f"Prices in rows: {', '.join(f'{what} {price:.2f}' for what, price in report.prices.items())}.",
+        "Prices in rows: "
+        + ", ".join(f"{what} {price:.2f}" for what, price in report.prices.items())
+        + ".",
     ]
     return "\n".join(lines) + "\n"
 

@@ -2,7 +2,8 @@
 
 A *scene* is a picture of one to four objects, and its caption says what is in it. The grammar::
 
-    prompt   := group | group "and" group | group relation group, each with an optional ", STYLE style"
+    prompt   := group | group "and" group | group relation group
+                each with an optional ", STYLE style"
     group    := number [colour] noun
     number   := "a" | "an" | "one" | "two" | "three" | "four"
     relation := "to the left of" | "to the right of" | "above" | "below"
