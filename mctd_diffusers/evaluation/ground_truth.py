@@ -346,7 +346,7 @@ class MixtureEnvironment:
             raise SearchError(
                 f"strides {strides.tolist()} from steps {now.tolist()} leave the schedule of "
                 f"{self.num_steps} steps.",
-                handles=parents,
+                handles=parents.tolist(),
             )
         noise = np.stack([_noise(int(seed), self._dimensions) for seed in seeds])
         made = ddim_step(
@@ -377,7 +377,7 @@ class MixtureEnvironment:
         """Reward of finished samples; asked again it costs nothing."""
         rows = self._known(handles)
         if (self._step_index[rows] != self.num_steps).any():
-            raise SearchError("only finished samples have a reward.", handles=handles)
+            raise SearchError("only finished samples have a reward.", handles=handles.tolist())
         new = np.unique(rows[np.isnan(self._reward[rows])])
         self._reward[new] = self._score(new, self._x)
         self.ledger.charge(self._problem[new], _ONE_REWARD)
@@ -429,7 +429,7 @@ class MixtureEnvironment:
             raise CapacityError(
                 f"handles {rows[unknown].tolist()} do not exist (any more) among "
                 f"{self._num_samples} samples.",
-                handles=rows[unknown],
+                handles=rows[unknown].tolist(),
             )
         return rows
 
@@ -438,7 +438,7 @@ class MixtureEnvironment:
         if missing.size:
             raise SearchError(
                 f"handles {missing.tolist()} are not evaluated; denoise them first.",
-                handles=missing,
+                handles=missing.tolist(),
             )
 
     def _groups(self, rows: npt.NDArray[np.int64]) -> list[tuple[int, int, npt.NDArray[np.int64]]]:
@@ -462,7 +462,7 @@ class MixtureEnvironment:
             raise NonFiniteRewardError(
                 f"reward is {scores[bad].tolist()} for handles {rows[bad].tolist()}; rewards "
                 "must be finite.",
-                handles=rows[bad],
+                handles=rows[bad].tolist(),
             )
         return scores
 

@@ -26,6 +26,7 @@ from mctd_diffusers.search.environment import (
     Counts,
     Denoise,
     Environment,
+    Handles,
     Release,
     Renoise,
     Reply,
@@ -34,6 +35,7 @@ from mctd_diffusers.search.environment import (
     Reward,
     Step,
     Value,
+    Values,
 )
 from mctd_diffusers.search.moves import complete, gather
 from mctd_diffusers.search.problem import Problem
@@ -432,9 +434,9 @@ class _Image:
                 f"{account.budget}; ask account.affords() first.",
             )
 
-    def _keep(self, handles: npt.NDArray[np.int64], rewards: Iterable[float], nfe: int) -> None:
-        for handle, reward in zip(handles.tolist(), rewards, strict=True):
-            sample = Finished(self.problem.tree.node_of(handle), handle, float(reward), nfe)
+    def _keep(self, handles: Handles, rewards: Values, nfe: int) -> None:
+        for handle, reward in zip(handles.tolist(), rewards.tolist(), strict=True):
+            sample = Finished(self.problem.tree.node_of(handle), handle, reward, nfe)
             self.finished.append(sample)
             if self.best_reward is None or sample.reward > self.best_reward:
                 self.best_reward = sample.reward

@@ -10,14 +10,14 @@ environment.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from mctd_diffusers.errors import CapacityError
-from mctd_diffusers.search.environment import FIRST_DRAW
+from mctd_diffusers.search.environment import FIRST_DRAW, Handles, Values
 from mctd_diffusers.search.seeding import child_seed
 
 ROOT: Final = 0
@@ -314,22 +314,22 @@ def issue_seeds(tree: Tree, parent: int, *, move: int, stride: int, count: int) 
     ]
 
 
-def record_evaluated(tree: Tree, handles: Iterable[int]) -> None:
+def record_evaluated(tree: Tree, handles: Handles) -> None:
     """Note that the network calls of these samples are made."""
-    for handle in handles:
-        tree._evaluated[tree.node_of(int(handle))] = True
+    for handle in handles.tolist():
+        tree._evaluated[tree.node_of(handle)] = True
 
 
-def record_values(tree: Tree, handles: Iterable[int], values: Iterable[float]) -> None:
+def record_values(tree: Tree, handles: Handles, values: Values) -> None:
     """Note the estimates of unfinished samples."""
-    for handle, value in zip(handles, values, strict=True):
-        tree._value[tree.node_of(int(handle))] = value
+    for handle, value in zip(handles.tolist(), values.tolist(), strict=True):
+        tree._value[tree.node_of(handle)] = value
 
 
-def record_rewards(tree: Tree, handles: Iterable[int], rewards: Iterable[float]) -> None:
+def record_rewards(tree: Tree, handles: Handles, rewards: Values) -> None:
     """Note the scores of finished samples."""
-    for handle, reward in zip(handles, rewards, strict=True):
-        tree._reward[tree.node_of(int(handle))] = reward
+    for handle, reward in zip(handles.tolist(), rewards.tolist(), strict=True):
+        tree._reward[tree.node_of(handle)] = reward
 
 
 def backup(tree: Tree, node: int, value: float) -> None:

@@ -25,7 +25,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Literal, get_args
+from itertools import accumulate
+from typing import Final, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -70,7 +71,8 @@ class MCTD:
     Attributes:
         candidates: children tried on each edge of a rollout; ``None`` to choose them (and the
             strides) for the most selection per NFE, see ``strides.plan_rollout``.
-        strides: schedule steps that an edge may cross; must hold 1.
+        strides: schedule steps that an edge may cross; must hold 1. Those longer than a quarter of
+            the schedule are not used: such jumps leave the data.
         stride_policy: where long strides stand: ``"coarse_to_fine"``, ``"fine_to_coarse"``,
             ``"constant"``.
         edge_gain: how the gain of a rollout grows with its number of selections (exponent, 0 to
@@ -96,7 +98,7 @@ class MCTD:
     strides: tuple[int, ...] = (1, 2, 4, 8)
     stride_policy: StridePolicy = "coarse_to_fine"
     edge_gain: float = 0.4
-    first_share: float = 0.5
+    first_share: float = 0.9
     wave_size: int = 2
     seed_share: float = 0.0
     exploration: float = 0.2
@@ -150,98 +152,102 @@ class MCTD:
         return num_steps
 
     def search(self, problem: Problem) -> Asks:
-        """Waves of simulations, then what is left of the budget."""
-        if self.seed_share:
-            yield from self._seeds(problem)
-        first: Plan | None = None
-        while wave := self._select_wave(problem, first):
-            first = first or wave[0][1]
-            finished = yield from gather(*(self._simulate(problem, *start) for start in wave))
-            for (start, _), leaves in zip(wave, finished, strict=True):
-                settle(problem.tree, start)
-                for leaf in leaves:
-                    backup(problem.tree, leaf, float(problem.tree.reward[leaf]))
-        if not np.isfinite(problem.tree.reward).any():
-            # the account pays for a sample, but not for valuing what would choose it
+        """Waves of simulations until the budget pays for none."""
+        start = (yield from self._seed(problem)) if self.seed_share else ROOT
+        wave = self._first_wave(problem, start)
+        if not wave:  # the account pays for a sample, but not for valuing what would choose it
             nodes = yield from draw(problem, 1)
             for leaf in (yield from finish_plainly(problem, nodes)):
                 backup(problem.tree, leaf, float(problem.tree.reward[leaf]))
+            return "budget"
+        standard = _standard(problem, *wave[0])
+        while wave:
+            for node, _ in wave:
+                add_virtual_visit(problem.tree, node)
+            finished = yield from gather(*(self._simulate(problem, *start) for start in wave))
+            for (node, _), leaves in zip(wave, finished, strict=True):
+                settle(problem.tree, node)
+                for leaf in leaves:
+                    backup(problem.tree, leaf, float(problem.tree.reward[leaf]))
+            wave = self._select_wave(problem, standard)
         return "budget"
 
-    # ---- 0. seeds
+    # ---- 0. seed
 
-    def _seeds(self, problem: Problem) -> Asks:
-        """Draw initial noises and halve them by value over the first third of the schedule."""
+    def _seed(self, problem: Problem) -> Asks:
+        """Draw initial noises and halve them by value over the first third of the schedule.
+
+        Returns:
+            The node of the best survivor; the root where the share pays for one draw only.
+        """
         share = int(self.seed_share * problem.account.nfe_left)
-        rounds = max(1, min(4, problem.num_steps // 3))
-        sizes = halving_rounds(share, 1, rounds)
+        sizes = halving_rounds(share, 1, max(1, min(4, problem.num_steps // 3)))
         if sizes[0] < 2:
-            return
+            return ROOT
         nodes = yield from draw(problem, sizes[0])
-        yield from denoise(problem, nodes)
+        nodes = yield from self._tried(problem, nodes)
         for size in sizes[1:]:
-            values = yield from value(problem, nodes)
-            nodes = [nodes[i] for i in best_first(values)[:size]]
-            nodes = yield from step(problem, nodes, stride=1, eta=self.branch_eta)
-            yield from denoise(problem, nodes)
-        yield from value(problem, nodes)
+            nodes = yield from step(problem, nodes[:size], stride=1, eta=self.branch_eta)
+            nodes = yield from self._tried(problem, nodes)
+        return nodes[0]
 
     # ---- 1. select
 
-    def _select_wave(self, problem: Problem, first: Plan | None) -> list[tuple[int, Plan]]:
-        """Nodes to simulate from, with the plan of each; their visits are counted as under way."""
-        left = problem.account.nfe_left
+    def _first_wave(self, problem: Problem, start: int) -> list[tuple[int, Plan]]:
+        """The first rollout alone, with its share of the budget; empty if nothing is paid for."""
+        left = self._nfe_left(problem, 1)
         share = math.ceil(self.first_share * left)
-        if first is None:
-            plan = self._plan(problem, ROOT, share) or self._plan(problem, ROOT, left)
-            if plan is None:
-                return []
-            add_virtual_visit(problem.tree, ROOT)
-            return [(ROOT, plan)]
-        for least, nfe in ((first.candidates[0], share), (first.candidates[0], left), (2, left)):
+        plan = self._plan(problem, start, share) or self._plan(problem, start, left)
+        return [] if plan is None else [(start, plan)]
+
+    def _select_wave(self, problem: Problem, standard: _Standard) -> list[tuple[int, Plan]]:
+        """Nodes to simulate from on this snapshot of the tree, with the plan of each.
+
+        Rollouts are to be no coarser than the first one; where the share pays for none such, all
+        that is left may be spent, and in the end on fewer candidates.
+        """
+        tree = problem.tree
+        left = self._nfe_left(problem, self.wave_size)
+        share = math.ceil(self.first_share * left)
+        for least, nfe in ((standard.candidates, share), (standard.candidates, left), (2, left)):
             wave: list[tuple[int, Plan]] = []
             rest = nfe
             for slot in range(self.wave_size, 0, -1):
-                chosen = self._select(problem, first, least, rest // slot)
+                chosen = self._select(problem, standard._replace(candidates=least), rest // slot)
                 if chosen is not None:
-                    rest -= self._cost(chosen[1], chosen[0])
-                    add_virtual_visit(problem.tree, chosen[0])
                     wave.append(chosen)
+                    rest -= _nfe(*chosen)
+                    add_virtual_visit(tree, chosen[0])
+            for node, _ in wave:
+                settle(tree, node)
             if wave:
                 return wave
         return []
 
-    def _select(
-        self, problem: Problem, first: Plan, least: int, nfe: int
-    ) -> tuple[int, Plan] | None:
+    def _select(self, problem: Problem, standard: _Standard, nfe: int) -> tuple[int, Plan] | None:
         """Descend by UCT to a node to simulate from with ``nfe``; ``None`` if there is none.
 
-        A rollout is worth its cost only with about the strides and candidates of the first one, so
-        the descent passes nodes from which ``nfe`` pays for less.
+        The descent passes nodes from which ``nfe`` pays for less than the standard.
         """
         tree = problem.tree
+        looks = tree.visit_count + tree.in_flight
         node = ROOT
         deepest = None
         while True:
-            plan = self._repeat(problem, node, first, least, nfe)
-            if plan is not None:
-                deepest = (node, plan)
             children = [
                 child
                 for child in tree.children(node)
-                if tree.evaluated[child]
+                if tree.step_index[child] < problem.num_steps - 1
+                and tree.evaluated[child]
                 and tree.live[child]
-                and tree.step_index[child] < problem.num_steps - 1
-                and (
-                    tree.visit_count[child] + tree.in_flight[child]
-                    or self._repeat(problem, child, first, least, nfe) is not None
-                )
+                and (looks[child] or self._standard_plan(problem, child, standard, nfe))
             ]
-            looks = int(tree.visit_count[node] + tree.in_flight[node])
-            if plan is not None and deepest is not None:
-                if looks == 0 or may_widen_progressively(
+            plan = self._standard_plan(problem, node, standard, nfe)
+            if plan is not None:
+                deepest = (node, plan)
+                if (looks[node] == 0 and not children) or may_widen_progressively(
                     len(tree.children(node)),
-                    looks,
+                    int(looks[node]),
                     constant=self.widening_constant,
                     exponent=self.widening_exponent,
                 ):
@@ -250,14 +256,14 @@ class MCTD:
                 return deepest
             node = children[int(np.argmax(self._scores(tree, children)))]
 
-    def _repeat(
-        self, problem: Problem, node: int, first: Plan, least: int, nfe: int
+    def _standard_plan(
+        self, problem: Problem, node: int, standard: _Standard, nfe: int
     ) -> Plan | None:
-        """Plan from ``node`` with the edges of the first rollout and ``least`` candidates."""
-        done = max(int(problem.tree.step_index[node]), 0)
-        edges = sum(end > done for end in np.cumsum(first.strides).tolist())
+        """Plan from ``node`` with no fewer edges and candidates than the standard."""
+        done = int(problem.tree.step_index[node])
+        edges = sum(step_index > done for step_index in standard.step_indices)
         plan = self._plan(problem, node, nfe, least_edges=edges)
-        if plan is None or plan.nfe == 0 or plan.candidates[0] < least:
+        if plan is None or plan.candidates[0] < standard.candidates or not _nfe(node, plan):
             return None
         return plan
 
@@ -282,29 +288,26 @@ class MCTD:
     def _plan(self, problem: Problem, start: int, nfe: int, least_edges: int = 1) -> Plan | None:
         """Plan of a rollout from ``start`` that spends at most ``nfe`` evaluations."""
         tree = problem.tree
-        done = max(int(tree.step_index[start]), 0)
-        nfe = min(nfe, problem.account.nfe_left)
         budget = nfe
-        plan = None
-        for _ in range(2):
+        while budget >= 0:
             plan = plan_rollout(
-                problem.num_steps - done,
+                problem.num_steps - max(int(tree.step_index[start]), 0),
                 budget,
-                allowed=self.strides,
+                allowed=tuple(k for k in self.strides if k == 1 or 4 * k <= problem.num_steps),
                 policy=self.stride_policy,
                 brake_nats=max(self.brake_nats - _nats(tree, start), 0.0),
                 edge_gain=self.edge_gain,
                 candidates=self.candidates,
                 least_edges=least_edges,
             )
-            if plan is None or self._cost(plan, start) <= nfe:
+            if plan is None or _nfe(start, plan) <= nfe:
                 return plan
-            budget = nfe - plan.candidates[0]  # the draws come on top
-        return plan
+            budget -= -(-(_nfe(start, plan) - nfe) // 2)  # the draws come on top
+        return None
 
-    def _cost(self, plan: Plan, start: int) -> int:
-        """Evaluations of a simulation; from the root, the draws come on top of the plan."""
-        return plan.nfe + (plan.candidates[0] if start == ROOT else 0)
+    def _nfe_left(self, problem: Problem, simulations: int) -> int:
+        """Evaluations left, each valued, when so many simulations must still be scored."""
+        return problem.account.nfe_left_for(rewards=self.finish * simulations)
 
     # ---- 2. and 3. simulate and evaluate
 
@@ -327,6 +330,29 @@ class MCTD:
         yield from denoise(problem, nodes)
         values = yield from value(problem, nodes)
         return [nodes[i] for i in best_first(values)]
+
+
+class _Standard(NamedTuple):
+    """What later rollouts must not fall short of.
+
+    Attributes:
+        step_indices: where the edges of the first rollout ended.
+        candidates: how many were tried on each of its edges.
+    """
+
+    step_indices: tuple[int, ...]
+    candidates: int
+
+
+def _standard(problem: Problem, start: int, plan: Plan) -> _Standard:
+    """The first rollout as a standard."""
+    done = max(int(problem.tree.step_index[start]), 0)
+    return _Standard(tuple(done + end for end in accumulate(plan.strides)), plan.candidates[0])
+
+
+def _nfe(start: int, plan: Plan) -> int:
+    """Evaluations of a simulation; from the root, the draws come on top of the plan."""
+    return plan.nfe + (plan.candidates[0] if start == ROOT else 0)
 
 
 def _nats(tree: Tree, node: int) -> float:
