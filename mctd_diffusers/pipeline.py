@@ -89,7 +89,6 @@ REWARD_FOLDER = "reward_model"
 PREVIEW_FOLDER = "preview_vae"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
-
 _AS_SAVED: Any = object()
 """Default of ``reward_model`` in `from_pretrained`: the reward that was saved, if any."""
 
@@ -119,8 +118,7 @@ class MCTDPipeline(DiffusionPipeline):
     Attributes:
         reward_model (`RewardFn`, *optional*):
             What a search maximises: a callable `(images, prompts) -> floats`. A [`ClipReward`] is
-                saved
-            with the pipeline; other callables are not.
+            saved with the pipeline; other callables are not.
         preview_vae ([`AutoencoderTiny`], *optional*):
             Decodes unfinished samples cheaply; without it they are decoded in full.
     """

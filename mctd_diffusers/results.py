@@ -82,8 +82,7 @@ def moves_to(tree: Tree, node: int) -> list[dict[str, Any]]:
 
     Returns:
         One dict a move: ``move`` (``"draw"``, ``"step"`` or ``"renoise"``), ``seed``, and for a
-            step its
-        ``stride`` and ``eta`` (``None``: as the user's own scheduler), for a renoising the
+        step its ``stride`` and ``eta`` (``None``: as the user's own scheduler), for a renoising the
         ``step_index`` it goes back to.
     """
     moves = []

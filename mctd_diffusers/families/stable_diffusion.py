@@ -165,8 +165,7 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
             Decoder by which unfinished samples are valued cheaply.
         reward_model (*optional*):
             What a search maximises: a callable `(images, prompts) -> floats`, a short name, or the
-                folder
-            or repository of a `CLIPModel`.
+            folder or repository of a `CLIPModel`.
     """
 
     stock_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline

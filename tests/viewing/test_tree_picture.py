@@ -31,7 +31,7 @@ def chains(num_chains: int, num_steps: int) -> tuple[trees.Tree, int]:
             )
         leaves.append(node)
     rewards = np.linspace(0.0, 1.0, num_chains)
-    trees.record_rewards(tree, tree.handle[leaves].tolist(), rewards.tolist())
+    trees.record_rewards(tree, tree.handle[leaves], rewards)
     for leaf, reward in zip(leaves, rewards, strict=True):
         trees.backup(tree, leaf, float(reward))
     return tree, leaves[-1]
