@@ -71,9 +71,12 @@ class Mixture:
     """Mixture of Gaussians with diagonal covariances.
 
     Attributes:
-        weights: ``[components]``, sum to 1.
+        weights: ``[components]``, at least 0, sum to 1.
         means: ``[components, dimensions]``.
         variances: ``[components, dimensions]``, above 0.
+
+    Raises:
+        ConfigError: shapes that do not fit, or numbers outside these ranges.
     """
 
     weights: Floats
@@ -86,13 +89,22 @@ class Mixture:
                 f"mixture has weights {self.weights.shape}, means {self.means.shape} and variances "
                 f"{self.variances.shape}; give [K], [K, d] and [K, d]."
             )
-        if not np.isclose(self.weights.sum(), 1) or (self.variances <= 0).any():
-            raise ConfigError("mixture weights must sum to 1 and variances be above 0.")
+        is_law = (self.weights >= 0).all() and np.isclose(self.weights.sum(), 1)
+        if not is_law or not (self.variances > 0).all():
+            raise ConfigError(
+                "mixture weights must be at least 0 and sum to 1, and variances be above 0."
+            )
 
     @property
     def dimensions(self) -> int:
         """Length of a sample."""
         return self.means.shape[1]
+
+    @property
+    def log_weights(self) -> Floats:
+        """``[components]``; ``-inf`` for a component that a strong tilt left without weight."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.weights)
 
     def noised(self, alpha: float, sigma: float) -> Mixture:
         """Law of ``alpha x_0 + sigma noise``."""
@@ -105,7 +117,7 @@ class Mixture:
         squares = x**2 @ precision.T - 2 * x @ (self.means * precision).T
         squares = squares + (self.means**2 * precision).sum(axis=1)
         constant = np.log(2 * np.pi * self.variances).sum(axis=1)
-        return np.asarray(np.log(self.weights) - 0.5 * (squares + constant))
+        return np.asarray(self.log_weights - 0.5 * (squares + constant))
 
     def log_density(self, x: Floats) -> Floats:
         """``[points]`` log density."""
@@ -189,7 +201,7 @@ class LinearReward:
     def tilted(self, mixture: Mixture, temperature: float) -> tuple[Mixture, float]:
         """Mixture proportional to ``p exp(reward / temperature)``; the log of its normaliser."""
         spread = mixture.variances @ self.direction**2 / (2 * temperature**2)
-        log_weights = np.log(mixture.weights) + self(mixture.means) / temperature + spread
+        log_weights = mixture.log_weights + self(mixture.means) / temperature + spread
         log_normaliser = _logsumexp(log_weights[None])[0]
         means = mixture.means + mixture.variances * self.direction / temperature
         weights = np.exp(log_weights - log_normaliser)
@@ -223,7 +235,7 @@ class QuadraticReward:
         """Mixture proportional to ``p exp(reward / temperature)``; the log of its normaliser."""
         shrink = 1 + mixture.variances * self.curvature / temperature
         squares = (mixture.means - self.target) ** 2 * (self.curvature / temperature / shrink)
-        log_weights = np.log(mixture.weights) - 0.5 * (squares + np.log(shrink)).sum(axis=1)
+        log_weights = mixture.log_weights - 0.5 * (squares + np.log(shrink)).sum(axis=1)
         log_normaliser = _logsumexp(log_weights[None])[0]
         variances = mixture.variances / shrink
         means = (
@@ -330,7 +342,7 @@ class MixtureEnvironment:
             )
         self._evaluated[rows] = True
         self.ledger.charge(self._problem[rows], _ONE_NFE)
-        self.ledger.charge_shared(Counts(calls=1))
+        self.ledger.charge_shared(Counts(calls=min(len(rows), 1)))
 
     def step(self, parents: Handles, actions: Sequence[Action], seeds: Seeds) -> Handles:
         """Make one lazy child for each (evaluated parent, action, seed)."""
