@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -81,25 +82,37 @@ def check_options(options: SearchOptions) -> None:
     if options.compute is not None and options.nfe_budget is not None:
         raise ConfigError(
             f"compute={options.compute} and nfe_budget={options.nfe_budget} bound the same thing: "
-            "give "
-            "one of them"
+            "give one of them"
         )
-    for name in ("compute", "nfe_budget", "cost_budget", "time_budget_s"):
+    for name in ("compute", "cost_budget", "time_budget_s"):
         given = getattr(options, name)
-        if given is None:
-            continue
-        if (
-            isinstance(given, bool)
-            or not isinstance(given, int | float)
-            or not 0 < given < math.inf
-        ):
-            raise ConfigError(f"{name}={given!r}: give a number above 0")
-    for name in ("nfe_budget", "rows_per_call"):
+        if given is not None and not (_is_finite(given) and given > 0):
+            raise ConfigError(f"{name}={given!r}: give a finite number above 0")
+    for name in ("nfe_budget", "rows_per_call", "wave_size"):
         given = getattr(options, name)
-        if given is not None and (
-            isinstance(given, bool) or not isinstance(given, int) or given < 1
-        ):
+        if given is not None and not _is_count(given):
             raise ConfigError(f"{name}={given!r}: give a whole number of at least 1")
+    strides: Any = options.strides
+    if strides is not None and not (
+        isinstance(strides, Sequence | np.ndarray) and all(_is_count(stride) for stride in strides)
+    ):
+        raise ConfigError(
+            f"strides={strides!r}: give whole numbers of at least 1, such as (1, 2, 4)"
+        )
+
+
+def _is_finite(given: Any) -> bool:
+    """Whether what a user gave is a finite number."""
+    return (
+        isinstance(given, numbers.Real)
+        and not isinstance(given, bool)
+        and math.isfinite(float(given))
+    )
+
+
+def _is_count(given: Any) -> bool:
+    """Whether what a user gave is a whole number of at least 1."""
+    return isinstance(given, numbers.Integral) and not isinstance(given, bool) and int(given) >= 1
 
 
 def check_stock(stock: dict[str, Any]) -> None:
@@ -108,14 +121,26 @@ def check_stock(stock: dict[str, Any]) -> None:
         if stock.get(name) is not None:
             raise ConfigError(
                 f"{name} follows a single line of steps, and a search has none: leave it out, or "
-                "call "
-                "with search=None"
+                "call with search=None"
             )
     if stock["num_images_per_prompt"] is None:
         stock["num_images_per_prompt"] = 1
-    for name in ("num_inference_steps", "num_images_per_prompt"):
-        if not isinstance(stock[name], int) or stock[name] < 1:
+    for name in ("num_inference_steps", "num_images_per_prompt", "height", "width"):
+        if not stock[name] and name in ("height", "width"):
+            continue  # the stock call fills them in
+        if not _is_count(stock[name]):
             raise ConfigError(f"{name}={stock[name]!r}: give a whole number of at least 1")
+        stock[name] = int(stock[name])
+    for name in ("guidance_scale", "guidance_rescale", "eta"):
+        if not _is_finite(stock[name]):
+            raise ConfigError(f"{name}={stock[name]!r}: give a finite number")
+        stock[name] = float(stock[name])
+    generator, latents = stock["generator"], stock["latents"]
+    for each in generator if isinstance(generator, list) else [generator]:
+        if generator is not None and not isinstance(each, torch.Generator):
+            raise ConfigError(f"generator={generator!r}: give a torch.Generator, or a list of them")
+    if latents is not None and not isinstance(latents, Tensor):
+        raise ConfigError(f"latents are a {type(latents).__name__}: give a tensor")
     if stock["timesteps"] is not None and stock["sigmas"] is not None:
         raise ConfigError("timesteps and sigmas both set the schedule: give one of them")
     if stock["output_type"] not in OUTPUT_TYPES:
@@ -130,8 +155,7 @@ def check_stock(stock: dict[str, Any]) -> None:
         if type(negative) is not type(prompt):
             raise ConfigError(
                 f"prompt is a {type(prompt).__name__} and negative_prompt a "
-                f"{type(negative).__name__}: "
-                "give both as strings or both as lists"
+                f"{type(negative).__name__}: give both as strings or both as lists"
             )
         if isinstance(prompt, list) and len(negative) != len(prompt):
             raise ConfigError(
@@ -154,9 +178,11 @@ def reward_prompts_of(stock: dict[str, Any], options: SearchOptions) -> list[str
     if texts is None:
         raise ConfigError(
             "prompt_embeds hold no text that a reward could read: say it with reward_prompt=..., "
-            "or pass "
-            "reward_prompt='' for a reward that reads none"
+            "or pass reward_prompt='' for a reward that reads none"
         )
+    is_list = isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)
+    if not is_list:  # a string is a sequence of strings as well
+        raise ConfigError(f"reward_prompt={texts!r}: give a string, or a list of strings")
     texts = [texts] * count if isinstance(texts, str) else list(texts)
     if len(texts) != count:
         raise ConfigError(
@@ -390,12 +416,16 @@ def call_budgets(
     least_nfe = strategy.least_nfe(num_steps)
     least = account.price(nfe=least_nfe, rewards=1)
     if not account.affords(plain + least):
-        needed = f"{num_steps} + {least_nfe} NFE"
+        needed, given = [f"{num_steps} + {least_nfe} NFE"], []
+        if budget.nfe is not None:
+            given.append(f"{budget.nfe} NFE")
         if budget.cost is not None:
-            needed += f", {account.prices.cost(plain + least):.4g} row-equivalents in all"
+            given.append(f"{budget.cost:g} row-equivalents")
+            needed.append(f"{account.prices.cost(plain + least):.4g} row-equivalents in all")
         raise BudgetError(
-            f"{budget} cannot pay for the plain sample and one of {strategy.name!r}, which need "
-            f"{needed}: raise the budget, or leave include_plain out"
+            f"a budget of {' and '.join(given)} cannot pay for the plain sample and one of "
+            f"{strategy.name!r}, which need {' and '.join(needed)}: raise the budget, or leave "
+            "include_plain out"
         )
     if budget.cost is not None:
         budget = replace(budget, cost=budget.cost - account.prices.cost(plain))

@@ -166,12 +166,26 @@ class MCTDPipeline(DiffusionPipeline):
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         index = _read_model_index(source, hub)
         family = family_class(index.get("_class_name")) if cls is MCTDPipeline else cls
+        folder = Path(source)
         ours = index.get(OUR_KEY)
         if ours is None:  # a folder that a script put together; ours always have the key
-            ours = _parts_beside(Path(source))
+            ours = _parts_beside(folder)
+        if not isinstance(ours, dict):
+            raise ConfigError(
+                f"{OUR_KEY} in model_index.json of {source!r} is {ours!r}, not an object: take the "
+                f"entry out, and pass reward_model=..."
+            )
         reward_is_saved = reward_model is _AS_SAVED and "reward_model" in ours
         preview_is_saved = "preview_vae" not in kwargs and "preview_vae" in ours
-        folder = Path(source)
+        if folder.is_dir():
+            parts = [name for name in _parts_of(index) if name not in kwargs]
+            parts += [REWARD_FOLDER] * reward_is_saved + [PREVIEW_FOLDER] * preview_is_saved
+            if lacking := [name for name in parts if not (folder / name).is_dir()]:
+                raise ConfigError(
+                    f"the pipeline in {source!r} lacks {', '.join(lacking)}, which its "
+                    "model_index.json names: copy or download the whole folder again, or pass "
+                    "these parts"
+                )
         if (reward_is_saved or preview_is_saved) and not folder.is_dir():
             folders = [f"{REWARD_FOLDER}/*"] * reward_is_saved + [
                 f"{PREVIEW_FOLDER}/*"
@@ -229,8 +243,7 @@ class MCTDPipeline(DiffusionPipeline):
         if unknown:
             raise ConfigError(
                 f"from_pipe got {', '.join(unknown)}, which {family.__name__} does not know: it "
-                "takes "
-                f"{', '.join([*modules, *settings])}"
+                f"takes {', '.join([*modules, *settings])}"
             )
         arguments = {name: part for name, part in pipeline.components.items() if name in modules}
         arguments |= {name: pipeline.config[name] for name in settings if name in pipeline.config}
@@ -272,8 +285,7 @@ class MCTDPipeline(DiffusionPipeline):
         elif self.reward_model is not None:
             logger.warning(
                 "the reward %r is a callable and is not saved: pass reward_model=... again when "
-                "you "
-                "load %s",
+                "you load %s",
                 self.reward_model,
                 directory.name,
             )
@@ -364,15 +376,15 @@ class MCTDPipeline(DiffusionPipeline):
 
     def _set_up(self, stock: dict[str, Any], options: SearchOptions) -> tuple[World, Strategy]:
         """Check every argument, then make the world to be searched."""
-        strategy = configured_strategy(options)
         check_options(options)
+        strategy = configured_strategy(options)
         check_stock(stock)
         self._check_call(stock)
         prompts = reward_prompts_of(stock, options)
         draws = first_draws(stock, len(prompts))
         reward = self._reward_of(options.reward_model)
         scheduler = self._scheduler_of(options.search_scheduler)
-        rows_per_call = options.rows_per_call or self._default_rows_per_call(stock)
+        rows_per_call = int(options.rows_per_call or self._default_rows_per_call(stock))
         prompts_per_call = max(1, rows_per_call // stock["num_images_per_prompt"])
         with self._stepping(scheduler), as_config_errors():
             self._set_timesteps(stock)
@@ -654,8 +666,8 @@ class MCTDPipeline(DiffusionPipeline):
             if first_draw is None:
                 raise ConfigError(
                     "the first noise of this recipe was not drawn from a fresh generator: pass it "
-                    "as "
-                    "latents=..., or make recipes with generator=torch.Generator().manual_seed(...)"
+                    "as latents=..., or make recipes with "
+                    "generator=torch.Generator().manual_seed(...)"
                 )
             draws, position, seed = (first_draw[name] for name in ("batch", "position", "seed"))
         device = "cpu" if first_draw is None else first_draw["device"]
@@ -666,16 +678,15 @@ class MCTDPipeline(DiffusionPipeline):
         with self._stepping(scheduler), as_config_errors():
             self._set_timesteps(stock)
             stepper = Stepper(scheduler, eta=stock["eta"])
+            _check_length(moves, stepper.num_steps)
             prepared = self._prepare(stock, recipe["prompts_per_call"], draws)
         first = prepared.first_latents[position : position + 1]
         root_seed = root_seed_of(bytes_of(first[0]))
         if needs_noise and root_seed != recipe["root_seed"]:
             raise ConfigError(
                 f"the recipe's search had root seed {recipe['root_seed']}, the first noise here "
-                "gives "
-                f"{root_seed}: load the model with dtype {recipe['dtype']} on {recipe['device']}, "
-                "or "
-                "pass the first noise as latents=..."
+                f"gives {root_seed}: load the model with dtype {recipe['dtype']} on "
+                f"{recipe['device']}, or pass the first noise as latents=..."
             )
         environment = LatentEnvironment(
             network=prepared.network,
@@ -764,16 +775,29 @@ def _read_model_index(source: str, hub: dict[str, Any]) -> dict[str, Any]:
     try:
         if Path(source).is_dir():
             path = Path(source) / "model_index.json"
+        elif source[:1] in ("/", ".", "~") or source.count("/") > 1:
+            raise OSError("there is no such folder")
         else:
             path = Path(hf_hub_download(source, "model_index.json", **hub))
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(index, dict):
+            raise ValueError(f"{path.name} holds no object but {index!r:.40}")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no pipeline could be read from {source!r} ({str(error).splitlines()[0]}): pass a "
-            "folder "
-            "that holds a model_index.json, or a Hub repository that can be reached from here"
+            "folder that holds a model_index.json, or a Hub repository that can be reached from "
+            "here"
         ) from error
     return index
+
+
+def _parts_of(index: dict[str, Any]) -> list[str]:
+    """Names of the parts that lie in folders of their own, by a ``model_index.json``."""
+    return [
+        name
+        for name, entry in index.items()
+        if name[0] != "_" and isinstance(entry, list) and entry and None not in entry
+    ]
 
 
 def _parts_beside(folder: Path) -> dict[str, Any]:
@@ -786,9 +810,15 @@ def _parts_beside(folder: Path) -> dict[str, Any]:
     return ours
 
 
-def _restore_reward(folder: Path, entry: str | dict[str, Any]) -> RewardFn:
+def _restore_reward(folder: Path, entry: Any) -> RewardFn:
     """Load the reward that was saved with a pipeline."""
-    settings = {"kind": entry} if isinstance(entry, str) else dict(entry)
+    settings = {"kind": entry} if isinstance(entry, str) else entry
+    if not isinstance(settings, dict) or set(settings) - {"kind", "scale"}:
+        raise ConfigError(
+            f"the saved reward is {entry!r}, known are its kind and scale: pass reward_model=... "
+            "instead"
+        )
+    settings = dict(settings)
     kind = settings.pop("kind", None)
     if kind != "clip":
         raise ConfigError(
@@ -814,6 +844,16 @@ def _retrace(environment: LatentEnvironment, moves: Sequence[dict[str, Any]]) ->
                 handles = environment.renoise(parent, move["step_index"], seeds)
         path.append(handles)
     return path
+
+
+def _check_length(moves: Sequence[dict[str, Any]], num_steps: int) -> None:
+    """Refuse moves that do not end in a finished sample."""
+    last = step_indices(moves)[-1]
+    if last != num_steps:
+        raise ConfigError(
+            f"the recipe's moves end at step {last} of {num_steps}: take the recipe whole, from "
+            "out.search[i].recipe or read_recipe"
+        )
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,24 @@ UNHELD_ARGUMENTS = (
     "ip_adapter_image_embeds",
 )
 """Stock arguments that no recipe can hold: a replay needs them again."""
+
+RECIPE_ENTRIES = (
+    "call",
+    "device",
+    "dtype",
+    "first_draw",
+    "moves",
+    "negative_prompt",
+    "not_held",
+    "prompt",
+    "prompts_per_call",
+    "reward_prompt",
+    "root_seed",
+    "rows_per_call",
+    "scheduler",
+    "versions",
+)
+"""What a replay reads of a recipe, beside its version and pipeline."""
 
 MOVE_NAMES = {DRAW: "draw", STEP: "step", RENOISE: "renoise"}
 
@@ -161,8 +180,7 @@ class ImageSearch:
         if self.winner is None:
             raise ConfigError(
                 f"the search stopped ({self.stop_reason}) before a sample was finished, so there "
-                "is no "
-                "recipe: give it a larger budget"
+                "is no recipe: give it a larger budget"
             )
         return self._recipe(self.winner_tree, self.winner)
 
@@ -190,10 +208,10 @@ class ImageSearch:
                 crowd out the others.
 
         Raises:
-            ConfigError: ``n`` is below 1.
+            ConfigError: ``n`` is not a whole number of at least 1.
         """
-        if n < 1:
-            raise ConfigError(f"top({n}): ask for at least 1 sample")
+        if not isinstance(n, numbers.Integral) or n < 1:
+            raise ConfigError(f"top({n!r}): ask for a whole number of samples, at least 1")
         order = sorted(range(len(self.finished)), key=lambda i: -self.finished[i].reward)
         order = _without_repetitions(self.latents, order)
         chosen = _spread(self.latents, order[: 4 * n], n) if diverse else order[:n]
@@ -385,7 +403,15 @@ def read_recipe(path: str | Path) -> Recipe:
             f"{path} holds no recipe: only PNG files that `MCTDPipelineOutput.save` or "
             "`save_image_with_recipe` wrote do, as long as no other program has rewritten them"
         )
-    recipe: Recipe = json.loads(text)
+    try:
+        recipe = json.loads(text)
+        if not isinstance(recipe, dict):
+            raise ValueError(f"it is a {type(recipe).__name__}, not an object")
+    except ValueError as error:
+        raise ConfigError(
+            f"the recipe in {path} cannot be read ({error}): another program has changed it, so "
+            "take the file as it was saved"
+        ) from error
     return recipe
 
 
@@ -491,6 +517,59 @@ def recipe_settings(
     ]
 
 
+_MOVE_ENTRIES = {
+    "draw": {"seed"},
+    "step": {"seed", "stride", "eta"},
+    "renoise": {"seed", "step_index"},
+}
+"""What a move says beside its name, see `moves_to`."""
+
+
+def _is_move(move: Any) -> bool:
+    """Whether this is a move of a recipe, with all that it needs."""
+    needed = _MOVE_ENTRIES.get(move.get("move", "")) if isinstance(move, dict) else None
+    return needed is not None and set(move) >= needed
+
+
+def check_recipe(recipe: Any, pipeline: str) -> None:
+    """Refuse what a replay cannot read.
+
+    Args:
+        recipe: of one picture.
+        pipeline: name of the stock class at hand.
+
+    Raises:
+        ConfigError: the recipe is none, lacks something, or is of another version or pipeline.
+    """
+    if not isinstance(recipe, dict):
+        raise ConfigError(
+            f"the recipe is a {type(recipe).__name__}: pass out.search[0].recipe, or "
+            "read_recipe('picture.png')"
+        )
+    if recipe.get("version") != RECIPE_VERSION:
+        raise ConfigError(
+            f"the recipe is of version {recipe.get('version')!r}, this package replays version "
+            f"{RECIPE_VERSION}: make it again"
+        )
+    if recipe.get("pipeline") != pipeline:
+        raise ConfigError(
+            f"the recipe is of pipeline {recipe.get('pipeline')}, this one is a {pipeline}: load "
+            "its model"
+        )
+    cure = "take it whole, from out.search[i].recipe or read_recipe"
+    lacking = [name for name in RECIPE_ENTRIES if name not in recipe]
+    lacking += [
+        name for name in RECIPE_ARGUMENTS if name not in recipe.get("call", RECIPE_ARGUMENTS)
+    ]
+    if lacking:
+        raise ConfigError(f"the recipe lacks {', '.join(lacking)}: {cure}")
+    moves = recipe["moves"]
+    if not moves or not all(map(_is_move, moves)) or moves[0]["move"] != "draw":
+        raise ConfigError(
+            f"the recipe's moves are {moves!r}, and a sample is drawn and then stepped: {cure}"
+        )
+
+
 def recipe_stock(recipe: Recipe, pipeline: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """The stock arguments that a recipe stands for, without those that draw the first noise.
 
@@ -500,17 +579,16 @@ def recipe_stock(recipe: Recipe, pipeline: str, arguments: dict[str, Any]) -> di
         arguments: those that the recipe could not hold.
 
     Raises:
-        ConfigError: the recipe is of another version or pipeline, or an argument is missing.
+        ConfigError: the recipe is none, not whole, or of another version or pipeline; or an
+            argument is missing, or is none that a replay takes.
     """
-    if recipe.get("version") != RECIPE_VERSION:
+    check_recipe(recipe, pipeline)
+    takes = (*UNHELD_ARGUMENTS, "cross_attention_kwargs")
+    unknown = sorted(set(arguments) - set(takes))
+    if unknown:
         raise ConfigError(
-            f"the recipe is of version {recipe.get('version')!r}, this package replays version "
-            f"{RECIPE_VERSION}: make it again"
-        )
-    if recipe["pipeline"] != pipeline:
-        raise ConfigError(
-            f"the recipe is of a {recipe['pipeline']}, this pipeline is a {pipeline}: load its "
-            "model"
+            f"a replay takes no {', '.join(unknown)}, the recipe says it: what can be passed is "
+            f"{', '.join(takes)}"
         )
     missing = [name for name in recipe["not_held"] if name not in arguments]
     if missing:
