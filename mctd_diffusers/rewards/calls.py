@@ -90,8 +90,8 @@ def raw_rewards(
         Exception
     ) as error:  # whatever a stranger's code raises becomes one error that we document
         raise RewardError(
-            f"reward '{name}' raised {type(error).__name__}: {error} (on {len(images)} images of "
-            f"shape {tuple(images.shape[1:])}): call it by itself on such a batch to see the cause",
+            f"reward '{name}' raised {_in_one_line(error)} (on {len(images)} images of shape "
+            f"{tuple(images.shape[1:])}): call it by itself on such a batch to see the cause",
             handles=handles,
         ) from error
     try:
@@ -102,6 +102,12 @@ def raw_rewards(
             f"{len(images)} numbers: {error.cure}",
             handles=handles,
         ) from None
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 class _WrongFormError(Exception):

@@ -222,6 +222,7 @@ class ClipReward:
             ConfigError: there is no such folder or repository, it is not a `CLIPModel`, or
                 tokenizer or preprocessing are missing.
         """
+        from safetensors import SafetensorError
         from transformers import AutoConfig, CLIPModel, CLIPTokenizer
 
         source, processor = str(folder_or_repo), str(processor or folder_or_repo)
@@ -235,8 +236,10 @@ class ClipReward:
                 )
             model = CLIPModel.from_pretrained(source, dtype=dtype, **hub_arguments)
             tokenizer = CLIPTokenizer.from_pretrained(processor, **hub_arguments)
+            if len(tokenizer) <= len(tokenizer.all_special_tokens):
+                raise ValueError(f"the tokenizer in {processor!r} is missing: it knows no words")
             preprocessing = Preprocessing.from_config(_read_preprocessor(processor, hub_arguments))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(

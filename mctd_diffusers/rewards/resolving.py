@@ -71,7 +71,7 @@ def _resolve_text(spec: str | Path) -> RewardFn:
     """Resolve a short name, a folder or a repository."""
     if isinstance(spec, str) and spec in _NAMED_REWARDS:
         return _NAMED_REWARDS[spec]()
-    if Path(spec).is_dir() or (isinstance(spec, str) and spec.count("/") == 1):
+    if (str(spec) and Path(spec).is_dir()) or (isinstance(spec, str) and spec.count("/") == 1):
         return ClipReward.from_pretrained(spec)
     nearest = difflib.get_close_matches(str(spec).lower(), REWARD_NAMES, n=1, cutoff=0.5)
     hint = f"did you mean '{nearest[0]}'? " if nearest else ""

@@ -81,6 +81,21 @@ def test_a_reward_that_raises_is_chained() -> None:
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+def test_a_reward_that_raises_at_length_is_quoted_by_its_first_line() -> None:
+    def verbose(images: Any, prompts: Sequence[str]) -> list[float]:
+        raise RuntimeError("\nshapes differ\n  here: 3\n  there: 4")
+
+    with pytest.raises(RewardError, match=r"raised RuntimeError: shapes differ \(on 3") as caught:
+        call_reward(verbose, IMAGES, PROMPTS, HANDLES)
+    assert "\n" not in str(caught.value)
+
+    def silent(images: Any, prompts: Sequence[str]) -> list[float]:
+        raise RuntimeError
+
+    with pytest.raises(RewardError, match=r"raised RuntimeError \(on 3"):
+        call_reward(silent, IMAGES, PROMPTS, HANDLES)
+
+
 def test_an_interrupt_inside_a_reward_is_not_swallowed() -> None:
     def interrupted(images: Any, prompts: Sequence[str]) -> list[float]:
         raise KeyboardInterrupt

@@ -137,6 +137,22 @@ def test_what_is_no_clip_folder_is_refused_in_one_sentence(
         ClipReward.from_pretrained(tmp_path / "clip")
 
 
+def test_a_folder_that_is_not_whole_is_refused(
+    tiny_clip_reward: ClipReward, tmp_path: Path
+) -> None:
+    tiny_clip_reward.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    with pytest.raises(ConfigError, match="no CLIPModel reward could be loaded"):
+        ClipReward.from_pretrained(tmp_path)
+    weights.write_bytes(whole)
+    for file in tmp_path.glob("*token*"):
+        file.unlink()  # transformers would make a tokenizer that knows no word
+    with pytest.raises(ConfigError, match=r"tokenizer .*knows no words"):
+        ClipReward.from_pretrained(tmp_path)
+
+
 def test_an_unknown_scale_is_refused(tiny_clip_reward: ClipReward) -> None:
     parts = (tiny_clip_reward.model, tiny_clip_reward.tokenizer, tiny_clip_reward.preprocessing)
     with pytest.raises(ConfigError, match="scale='log'"):

@@ -45,6 +45,7 @@ def test_the_reward_in_the_box_loads() -> None:
         ("pikscore", "did you mean 'pickscore'"),
         ("colorfulness", "did you mean 'colourfulness'"),
         ("CLIP", "did you mean 'clip'"),
+        ("", "unknown reward ''"),
         ("xyzzy", "unknown reward 'xyzzy': names are brightness, clip"),
         ("/no/such/folder", "existing folder"),
         (Path("nowhere"), "existing folder"),
