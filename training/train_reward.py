@@ -322,15 +322,17 @@ def make_tokenizer(captions: Iterable[str], options: Options) -> CLIPTokenizer:
     """Learns byte pairs from captions; any text can be written with it, letter by letter.
 
     Every byte is a token, inside a word and at its end: an unknown one would be read as the end of
-    the text.
+    the text. Bytes are numbered before anything is learned: the learner would number those that end
+    a word in another order each time, break ties between pairs by it, and a resumed run would read
+    other tokens.
     """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     learnt = CLIPTokenizer().train_new_from_iterator(
-        [list(captions)], options.vocab_size - 2 * 256, show_progress=False
+        [list(captions)], options.vocab_size, new_special_tokens=letters, show_progress=False
     )
     merges = json.loads(learnt.backend_tokenizer.to_str())["model"]["merges"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [START, END, *alphabet, *(letter + "</w>" for letter in alphabet)]
-    tokens += ["".join(pair) for pair in merges]
+    tokens = [START, END, *letters, *("".join(pair) for pair in merges)]
     vocabulary = {token: place for place, token in enumerate(dict.fromkeys(tokens))}
     pairs = [tuple(pair) for pair in merges]
     return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=options.max_length)

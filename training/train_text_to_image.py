@@ -322,7 +322,12 @@ class Latents:
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_tokens: int) -> CLIPTokenizer:
-    """Learns a byte-pair encoding of captions, in the format of CLIP's tokenizer."""
+    """Learns a byte-pair encoding of captions, in the format of CLIP's tokenizer.
+
+    Every byte is a token, inside a word and at its end, so that no text at all is unknown. Bytes
+    are numbered before anything is learned: the learner would number those that end a word in
+    another order each time, and a resumed run would take one for the other.
+    """
     special = ["<|startoftext|>", "<|endoftext|>"]
     # An empty CLIPTokenizer brings the normaliser and the splitting that its format stands for.
     empty = CLIPTokenizer(vocab={token: i for i, token in enumerate(special)}, merges=[])
@@ -331,21 +336,18 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_tokens: int) -
     learner.pre_tokenizer = empty.backend_tokenizer.pre_tokenizer
     learner.decoder = decoders.ByteLevel()
     letters = sorted(ByteLevel.alphabet())
+    numbered = [*special, *letters, *(f"{letter}</w>" for letter in letters)]
     trainer = trainers.BpeTrainer(
-        vocab_size=max(vocab_size, 2 + 2 * len(letters)),
-        special_tokens=special,
-        initial_alphabet=letters,
+        vocab_size=max(vocab_size, len(numbered)),
+        special_tokens=numbered,
         end_of_word_suffix="</w>",
         min_frequency=2,
         show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
     state = json.loads(learner.to_str())["model"]
-    vocab, merges = state["vocab"], [tuple(pair) for pair in state["merges"]]
-    for letter in letters:
-        # Every byte needs a form that ends a word, so that no text at all is unknown.
-        vocab.setdefault(f"{letter}</w>", len(vocab))
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
+    merges = [tuple(pair) for pair in state["merges"]]
+    return CLIPTokenizer(vocab=state["vocab"], merges=merges, model_max_length=max_tokens)
 
 
 class Denoiser(torch.nn.Module):

@@ -180,6 +180,17 @@ def test_the_judge_script_makes_a_judge_and_says_how_good_it_is(
     assert "refused" in line
 
 
+def test_the_same_captions_give_the_same_tokenizer_every_time() -> None:
+    # Many pairs are equally frequent here.
+    colours = ("red", "green", "blue", "teal", "pink", "cyan")
+    captions = [f"{colour} square number {i} of the {i}" for i, colour in enumerate(colours * 4)]
+    options = train_reward.Options()
+    tokenizers = [train_reward.make_tokenizer(captions, options) for _ in range(8)]
+    for tokenizer in tokenizers[1:]:
+        assert tokenizer.get_vocab() == tokenizers[0].get_vocab()
+        assert tokenizer(captions).input_ids == tokenizers[0](captions).input_ids
+
+
 def test_the_reward_script_makes_a_reward_that_reads_any_text(data: Path, tmp_path: Path) -> None:
     run(train_reward, data, tmp_path, "--max_train_steps=2", "--num_validation_images=4")
     reward = ClipReward.from_pretrained(tmp_path / "reward_model")

@@ -362,6 +362,14 @@ def test_the_tokenizer_knows_frequent_words_whole_and_every_byte(
     assert train_text_to_image.tokenize(tokenizer, ["a square"]).shape == (1, 24)
 
 
+def test_the_same_captions_give_the_same_tokenizer_every_time() -> None:
+    captions = [f"a square number {index}" for index in range(20)]
+    tokenizers = [train_text_to_image.train_tokenizer(captions, 2048, 24) for _ in range(5)]
+    for tokenizer in tokenizers[1:]:
+        assert tokenizer.get_vocab() == tokenizers[0].get_vocab()
+        assert tokenizer(captions).input_ids == tokenizers[0](captions).input_ids
+
+
 def test_a_resumed_denoiser_equals_an_uninterrupted_one(
     dataset: Path, vae: Path, text_to_image: tuple[Path, str], tmp_path: Path
 ) -> None:
