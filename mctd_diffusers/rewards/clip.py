@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _RESAMPLE_MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers of the filters that torch has as well."""
+_ALIGNMENT = 64
+"""Bytes to which torch aligns what it allocates on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,7 @@ class ClipReward:
                     "floats"
                 )
             model = CLIPModel.from_pretrained(source, dtype=dtype, **hub_arguments)
+            _align_weights(model)
             tokenizer = CLIPTokenizer.from_pretrained(processor, **hub_arguments)
             if len(tokenizer) <= len(tokenizer.all_special_tokens):
                 raise ValueError(f"the tokenizer in {processor!r} is missing: it knows no words")
@@ -298,6 +301,17 @@ def _unit(features: Any) -> Float[Tensor, "batch channels"]:
     """Normalise the rows of what ``get_*_features`` returned (transformers 5: an object)."""
     tensor = features if isinstance(features, Tensor) else features.pooler_output
     return functional.normalize(tensor.float(), dim=-1)
+
+
+def _align_weights(model: torch.nn.Module) -> None:
+    """Copy weights that lie at odd addresses to where torch would have put them.
+
+    transformers leaves them where the file was mapped. Kernels sum in another order there, so a
+    reward that was saved and loaded would differ in its last bits from the one in memory.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _read_preprocessor(folder_or_repo: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
