@@ -545,7 +545,7 @@ class MCTDPipeline(DiffusionPipeline):
             self.reward_model = reward  # a name is looked up once
         return functools.partial(call_reward, reward)
 
-    def _scheduler_of(self, given: SchedulerMixin | None) -> SchedulerMixin:
+    def _scheduler_of(self, given: Any) -> SchedulerMixin:
         """A copy of the scheduler to search with.
 
         Raises:
@@ -556,8 +556,7 @@ class MCTDPipeline(DiffusionPipeline):
             if not isinstance(given, SchedulerMixin):
                 raise ConfigError(
                     f"search_scheduler={given!r} is a {type(given).__name__}: pass a scheduler, "
-                    "such as "
-                    "DDIMScheduler.from_config(pipe.scheduler.config)"
+                    "such as DDIMScheduler.from_config(pipe.scheduler.config)"
                 )
             check_scheduler(given)
             return copy.deepcopy(given)
