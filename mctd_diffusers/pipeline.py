@@ -323,6 +323,23 @@ class MCTDPipeline(DiffusionPipeline):
         index[OUR_KEY] = ours
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write ``model_index.json``, which spares stock users the download of our parts.
+
+        Stock diffusers downloads the weights in all folders of a repository, whether the index
+        names them or not, but for the files under its key ``_ignore_files``.
+        """
+        path = Path(json_file_path)
+        index: dict[str, Any] = json.loads(self.to_json_string())
+        files = [
+            f"{folder}/{file.name}"
+            for folder in (PREVIEW_FOLDER, REWARD_FOLDER)
+            for file in sorted((path.parent / folder).glob("*"))
+        ]
+        if files:
+            index["_ignore_files"] = files
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
     # Searching
 
     def _plain_call(self, stock: dict[str, Any], options: SearchOptions) -> Any:

@@ -98,12 +98,19 @@ def test_saved_parts_can_be_replaced_or_left_out(saved: Path) -> None:
     assert MCTDPipeline.from_pretrained(saved, reward_model=None).reward_model is None
 
 
-def test_the_index_is_stock_but_for_one_private_key(saved: Path, saved_stock: Path) -> None:
+def test_the_index_is_stock_but_for_one_private_key_and_what_not_to_download(
+    saved: Path, saved_stock: Path
+) -> None:
     ours = json.loads((saved / "model_index.json").read_text())
     stock = json.loads((saved_stock / "model_index.json").read_text())
-    entries = ours.pop("_mctd")
+    entries, not_to_download = ours.pop("_mctd"), ours.pop("_ignore_files")
     assert ours == stock
     assert set(entries) == {"preview_vae", "reward_model"}
+    assert not_to_download == [
+        path.relative_to(saved).as_posix()
+        for folder in ("preview_vae", "reward_model")
+        for path in sorted((saved / folder).iterdir())
+    ]
 
 
 def test_no_path_of_this_machine_is_written(saved: Path, tmp_path: Path) -> None:
