@@ -7,8 +7,10 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -53,26 +55,34 @@ def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
     names: dict[str, object] = {"__name__": "document"}
     for block in blocks(path, "python"):
         # Empty lines before the code, so that a traceback names the document's own line.
-        code = compile("\n" * block.line + block.text, str(path), "exec")
+        # It inherits no `from __future__` of this file, which a reader who pastes it has not.
+        code = compile("\n" * block.line + block.text, str(path), "exec", dont_inherit=True)
         if block.runs:
             exec(code, names)
 
 
+def parse_command(words: list[str]) -> None:
+    """Parse the words after `mctd` as a shell would hand them over, and run nothing."""
+    from mctd_diffusers.cli import app
+
+    group: Any = typer.main.get_command(app)
+    try:
+        context = group.make_context("mctd", list(words))
+        name, command, rest = group.resolve_command(context, words)
+        command.make_context(name, rest)
+    except typer.Exit as done:  # `--help` answers while it is parsed
+        if done.exit_code:
+            raise
+
+
 @each_document
 def test_commands_exist(path: Path) -> None:
-    from mctd_diffusers.cli import app
-    from typer.main import get_command
-
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     for words in commands(path):
         if words[0] == "make":
             assert set(words[1:]) <= targets, words
         elif words[0] == "mctd":
-            group = get_command(app)
-            name, command, rest = group.resolve_command(
-                group.make_context("mctd", words[1:]), words[1:]
-            )
-            command.make_context(name, rest)
+            parse_command(words[1:])
         for word in words:
             if word.startswith(("training/", "scripts/")):
                 assert (ROOT / word).is_file(), words
