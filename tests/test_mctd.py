@@ -1,0 +1,174 @@
+"""MCTD: visits are exact, paths are braked, and the budget goes into samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mctd_diffusers.evaluation.ground_truth import rugged_environment
+from mctd_diffusers.search.budget import Budget
+from mctd_diffusers.search.environment import Reset, Step
+from mctd_diffusers.search.runner import SearchResult
+from mctd_diffusers.search.strategies import MCTD
+from mctd_diffusers.search.tree import DRAW, ROOT, STEP, path_to_root
+from tests.by_hand import step_by_hand
+from tests.strategies import mctds
+from tests.toys import PRICES, problems_of, search, small_environment
+
+
+def least_budget(strategy: MCTD, num_steps: int, nfe: int) -> int:
+    """A budget that ``strategy`` accepts."""
+    return max(nfe, strategy.least_nfe(num_steps))
+
+
+def assert_visits_are_exact(result: SearchResult) -> None:
+    """Visits, sums and greatest values of every node are those of the rewards below it."""
+    tree = result.tree
+    visits = np.zeros(tree.num_nodes, dtype=np.int64)
+    total, most = np.zeros(tree.num_nodes), np.full(tree.num_nodes, -np.inf)
+    for node in range(tree.num_nodes - 1, -1, -1):  # children come after their parents
+        below = list(tree.children(node))
+        visits[node], total[node] = visits[below].sum(), total[below].sum()
+        most[node] = most[below].max(initial=-np.inf)
+        if not np.isnan(tree.reward[node]):  # backed up once, from its own node
+            visits[node] += 1
+            total[node] += tree.reward[node]
+            most[node] = max(most[node], tree.reward[node])
+    np.testing.assert_array_equal(tree.visit_count, visits)
+    np.testing.assert_array_equal(tree.max_value, most)
+    np.testing.assert_allclose(tree.total_value, total, rtol=1e-9, atol=1e-9)
+    assert tree.visit_count[ROOT] == len(result.finished)
+    assert not tree.in_flight.any()
+
+
+def num_resumed(result: SearchResult) -> int:
+    """Stored states that more than one simulation went through."""
+    tree = result.tree
+    return sum(
+        sum(bool(tree.children(child)) for child in tree.children(node)) > 1
+        for node in range(1, tree.num_nodes)
+    )
+
+
+@settings(max_examples=25)
+@given(mctds, st.integers(1, 8), st.integers(1, 7), st.integers(4, 60))
+def test_visits_are_the_backups_through_a_node_at_any_wave_size(
+    strategy: MCTD, wave_size: int, num_steps: int, nfe: int
+) -> None:
+    strategy = replace(strategy, wave_size=wave_size)
+    nfe = least_budget(strategy, num_steps, nfe)
+    (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
+    assert_visits_are_exact(result)
+
+
+@pytest.mark.parametrize("wave_size", [1, 8])
+def test_visits_are_exact_where_stored_states_are_gone_on_from(wave_size: int) -> None:
+    strategy = MCTD(wave_size=wave_size, first_share=0.25)
+    (result,) = search(strategy, rugged_environment(1, num_steps=12, first_seed=1), nfe=250)
+    assert_visits_are_exact(result)
+    assert num_resumed(result) > 2
+
+
+@settings(max_examples=25)
+@given(mctds, st.integers(1, 9), st.integers(1, 60))
+def test_strides_are_those_allowed_and_jumps_keep_to_a_quarter(
+    strategy: MCTD, num_steps: int, nfe: int
+) -> None:
+    nfe = least_budget(strategy, num_steps, nfe)
+    (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
+    tree = result.tree
+    steps = tree.move == STEP
+    allowed = {k for k in strategy.strides if k == 1 or 4 * k <= num_steps}
+    cuts_short = strategy.stride_policy == "constant"  # its last edge crosses what is left
+    for stride in set(tree.stride[steps].tolist()) - allowed:
+        assert cuts_short
+        assert (tree.step_index[tree.stride == stride] == num_steps).all()
+    assert ((tree.move == DRAW) == (tree.parent == ROOT)).all()
+
+
+@pytest.mark.parametrize("brake_nats", [0.0, 4.0, 12.0, 30.0])
+@pytest.mark.parametrize("first_share", [0.3, 0.9])
+def test_the_candidates_of_a_path_stay_within_the_brake(
+    brake_nats: float, first_share: float
+) -> None:
+    strategy = MCTD(brake_nats=brake_nats, first_share=first_share)
+    environment = rugged_environment(1, num_steps=8, first_seed=3)
+    (problem,) = problems_of(environment, Budget(nfe=100))
+    tried: dict[int, int] = {}  # handle -> candidates that were tried beside it, in one request
+    for request, reply in step_by_hand(strategy, problem, environment):
+        if isinstance(request, Step):
+            same_parent = len(set(request.parents.tolist())) == 1
+            count = len(request.parents) if same_parent else 1
+            tried.update((handle, count) for handle in reply.result.tolist())
+    tree = problem.tree
+    for leaf in np.flatnonzero(~np.isnan(tree.reward)):
+        edges = path_to_root(tree, int(leaf))[:-2]  # without the draw
+        spent = sum(math.log(tried[int(tree.handle[node])]) for node in edges)
+        assert spent <= brake_nats + 1e-9
+
+
+@pytest.mark.parametrize("finish", [1, 2, 3])
+def test_the_best_of_the_last_level_are_finished(finish: int) -> None:
+    strategy = MCTD(finish=finish, first_share=0.5)
+    environment = rugged_environment(1, num_steps=8, first_seed=4)
+    (problem,) = problems_of(environment, Budget(nfe=120))
+    tree = problem.tree
+    level: dict[int, tuple[int, ...]] = {}  # handle -> handles that were tried together
+    num_finished = []
+    for request, reply in step_by_hand(strategy, problem, environment):
+        if not isinstance(request, Step | Reset):
+            continue
+        together = tuple(reply.result.tolist())
+        level.update(dict.fromkeys(together, together))
+        if isinstance(request, Reset):
+            continue
+        parents = request.parents.tolist()
+        first = int(tree.step_index[tree.node_of(parents[0])])
+        if first + request.actions[0].stride == problem.num_steps:
+            values = {handle: tree.value[tree.node_of(handle)] for handle in level[parents[0]]}
+            assert parents == sorted(values, key=lambda h: -values[h])[:finish]
+            num_finished.append(len(parents))
+    assert max(num_finished) == finish
+
+
+@pytest.mark.parametrize("nfe", [16, 40, 100])
+def test_the_budget_is_used_up(nfe: int) -> None:
+    for result in search(MCTD(), rugged_environment(2, num_steps=16, first_seed=2), nfe=nfe):
+        assert nfe - 8 <= result.spent.nfe <= nfe
+        assert result.stop_reason == "budget"
+
+
+@pytest.mark.parametrize("cost", [30.0, 90.0])
+def test_a_cost_budget_is_used_up_and_never_exceeded(cost: float) -> None:
+    environment = small_environment(2, 8, prices=PRICES)
+    for result in search(MCTD(), environment, nfe=None, cost=cost):
+        assert cost - 12 <= PRICES.cost(result.spent) <= cost + 1e-6
+        assert result.finished
+
+
+def test_seeds_are_halved_by_value_before_the_first_rollout() -> None:
+    (result,) = search(MCTD(seed_share=0.3), small_environment(1, 8), nfe=100)
+    tree = result.tree
+    draws = np.array(tree.children(ROOT))
+    went_on = [int(node) for node in draws if tree.children(int(node))]
+    assert len(draws) > len(went_on)
+    worst = tree.value[went_on].min()
+    others = np.setdiff1d(draws, went_on)
+    assert (tree.value[others] <= worst).all()
+
+
+def test_values_below_a_node_decide_where_the_search_goes_on() -> None:
+    # Without exploration and with max backups, most visits go through the best draw.
+    strategy = MCTD(exploration=0.0, first_share=0.2, widening_constant=1.0, wave_size=1)
+    for result in search(strategy, rugged_environment(2, num_steps=8, first_seed=5), nfe=150):
+        tree = result.tree
+        draws = [node for node in tree.children(ROOT) if tree.visit_count[node]]
+        assert result.best is not None
+        best_draw = path_to_root(tree, result.best.node)[-2]
+        assert tree.max_value[best_draw] == max(tree.max_value[draws])
+        assert tree.visit_count[best_draw] == max(tree.visit_count[draws])
