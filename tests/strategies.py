@@ -1,0 +1,87 @@
+"""Vocabulary for hypothesis: trees, siblings, budgets, and strategies with their settings."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from mctd_diffusers.search.runner import Strategy
+from mctd_diffusers.search.strategies import MCTD, Beam, BestOfN
+from mctd_diffusers.search.tree import DRAW, ROOT, STEP, Tree, add_child
+
+root_seeds = st.integers(0, 2**63 - 1)
+rewards = st.floats(-1e6, 1e6, allow_nan=False)
+
+
+@st.composite
+def trees(draw: st.DrawFn, max_nodes: int = 25) -> Tree:
+    """Trees of any shape; handles are 100, 101, ..."""
+    tree = Tree(draw(root_seeds))
+    for handle in range(100, 100 + draw(st.integers(0, max_nodes))):
+        parent = draw(st.integers(0, tree.num_nodes - 1))
+        is_draw = parent == ROOT
+        add_child(
+            tree,
+            parent,
+            handle=handle,
+            step_index=0 if is_draw else int(tree.step_index[parent]) + 1,
+            move=DRAW if is_draw else STEP,
+            stride=0 if is_draw else 1,
+            eta=None if is_draw else 1.0,
+            seed=handle,
+        )
+    return tree
+
+
+@st.composite
+def siblings(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, visit counts and visits under way of 1 to 8 siblings."""
+    size = draw(st.integers(1, 8))
+    values = draw(st.lists(rewards, min_size=size, max_size=size))
+    visits = draw(st.lists(st.integers(0, 50), min_size=size, max_size=size))
+    under_way = draw(st.lists(st.integers(0, 5), min_size=size, max_size=size))
+    return np.array(values), np.array(visits), np.array(under_way)
+
+
+def built(kind: type[Strategy], **settings: Any) -> Strategy:
+    """A strategy, with the state of `random` given back.
+
+    beartype checks one item of a container, which it draws from the `random` that hypothesis
+    watches over.
+    """
+    state = random.getstate()
+    try:
+        return kind(**settings)
+    finally:
+        random.setstate(state)
+
+
+best_of_n = st.builds(
+    partial(built, BestOfN), n=st.none() | st.integers(1, 5), wave_size=st.integers(1, 5)
+)
+beams = st.builds(
+    partial(built, Beam),
+    candidates=st.none() | st.integers(1, 4),
+    width=st.integers(1, 3),
+    stride=st.integers(1, 4),
+    block=st.integers(1, 4),
+    branch_eta=st.sampled_from((0.0, 0.5, 1.0)),
+)
+mctds = st.builds(
+    partial(built, MCTD),
+    candidates=st.none() | st.integers(1, 4),
+    strides=st.sampled_from(((1,), (1, 2), (1, 2, 4, 8), (1, 3))),
+    stride_policy=st.sampled_from(("coarse_to_fine", "fine_to_coarse", "constant")),
+    first_share=st.sampled_from((0.2, 0.5, 1.0)),
+    wave_size=st.integers(1, 4),
+    seed_share=st.sampled_from((0.0, 0.3)),
+    exploration=st.sampled_from((0.0, 0.2, 2.0)),
+    widening_constant=st.sampled_from((0.5, 2.0)),
+    finish=st.integers(1, 3),
+    backup=st.sampled_from(("max", "mean", "soft")),
+)
+searches = best_of_n | beams | mctds

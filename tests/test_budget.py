@@ -1,0 +1,68 @@
+"""Budgets: validated, and never exceeded."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.search.budget import UNLIMITED, Account, Budget
+from mctd_diffusers.search.environment import Counts, Prices
+from tests.toys import PRICES
+
+
+@pytest.mark.parametrize("nfe", [0, -1, True])
+def test_an_nfe_budget_is_a_whole_number_above_zero(nfe: Any) -> None:
+    with pytest.raises(ConfigError, match="nfe budget is"):
+        Budget(nfe=nfe)
+
+
+@pytest.mark.parametrize("cost", [0, -1.0, math.inf, math.nan, True])
+def test_a_cost_budget_is_finite_and_above_zero(cost: Any) -> None:
+    with pytest.raises(ConfigError, match="cost budget is"):
+        Budget(cost=cost)
+
+
+def test_without_a_bound_everything_is_affordable() -> None:
+    account = Account(Budget(), PRICES)
+    assert account.nfe_left == UNLIMITED
+    assert account.affords(account.price(nfe=10**9, values=10**9, rewards=10**9))
+
+
+@given(
+    st.none() | st.integers(1, 200),
+    st.none() | st.floats(0.5, 500),
+    st.integers(1, 2),
+    st.integers(0, 50),
+    st.floats(0, 2),
+    st.integers(0, 3),
+)
+def test_what_is_left_is_affordable_and_one_more_is_not(
+    nfe: int | None, cost: float | None, rows: int, spent: int, values: float, rewards: int
+) -> None:
+    account = Account(Budget(nfe, cost), PRICES, rows)
+    account.update(account.price(nfe=spent, values=spent))
+    left = account.nfe_left_for(values_per_nfe=1, rewards=rewards)
+    if left == UNLIMITED:
+        return
+    if left:
+        assert account.affords(account.price(nfe=left, values=left, rewards=rewards))
+    more = account.price(nfe=left + 1, values=left + 1, rewards=rewards)
+    assert not account.affords(more)
+    assert account.nfe_left == account.nfe_left_for(values_per_nfe=1, rewards=1)
+    assert account.nfe_left_for(values_per_nfe=values) >= 0
+
+
+def test_cost_counts_rows_decodes_and_reward_calls() -> None:
+    account = Account(Budget(cost=20), Prices(decode=3, preview=0.5, reward_call=0.25), 2)
+    price = account.price(nfe=4, values=3, rewards=1)
+    assert price == Counts(nfe=4, rows=8, previews=3, decodes=1, reward_calls=4)
+    assert account.prices.cost(price) == pytest.approx(8 + 1.5 + 3 + 1)
+    assert account.affords(price)
+    account.update(price)
+    assert not account.affords(price)
+    assert account.nfe_left == 1  # 6.5 left, less 3.25 for the last reward, at 2.75 each

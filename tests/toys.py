@@ -1,0 +1,126 @@
+"""The shared fakes: small mixtures with exact denoisers, and ways to make the world misbehave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mctd_diffusers.evaluation.ground_truth import (
+    LinearReward,
+    Mixture,
+    MixtureEnvironment,
+    QuadraticReward,
+)
+from mctd_diffusers.search.budget import Budget
+from mctd_diffusers.search.environment import Action, Handles, Prices, Seeds, Values
+from mctd_diffusers.search.runner import Problem, SearchResult, Strategy, run_search
+from mctd_diffusers.search.seeding import root_seed_of
+
+PRICES = Prices(decode=1.5, preview=0.25, reward_call=0.125)
+
+
+def small_mixture(seed: int = 0, components: int = 4, dimensions: int = 3) -> Mixture:
+    """Random means, weights and diagonal variances."""
+    generator = np.random.default_rng(seed)
+    weights = generator.dirichlet(np.full(components, 3.0))
+    means = generator.normal(size=(components, dimensions)) * 1.5
+    return Mixture(weights, means, generator.uniform(0.1, 0.5, size=(components, dimensions)))
+
+
+def small_environment(
+    num_problems: int = 1,
+    num_steps: int = 4,
+    *,
+    make: type[MixtureEnvironment] = MixtureEnvironment,
+    prices: Prices | None = None,
+) -> MixtureEnvironment:
+    """One mixture a problem; the reward is minus a squared distance."""
+    mixtures = [small_mixture(seed) for seed in range(num_problems)]
+    rewards = [QuadraticReward(np.ones(3), np.full(3, 0.5 * seed)) for seed in range(num_problems)]
+    return make(mixtures, rewards, num_steps=num_steps, prices=prices)
+
+
+def problems_of(
+    environment: MixtureEnvironment, budget: Budget, indices: Sequence[int] | None = None
+) -> list[Problem]:
+    """The problems of an environment, as a pipeline makes them."""
+    return [
+        Problem(
+            index=index,
+            num_steps=environment.num_steps,
+            root_seed=root_seed_of(environment.first_noise(index).tobytes()),
+            budget=budget,
+            prices=environment.ledger.prices,
+        )
+        for index in (range(len(environment.mixtures)) if indices is None else indices)
+    ]
+
+
+def search(
+    strategy: Strategy,
+    environment: MixtureEnvironment,
+    *,
+    nfe: int | None,
+    cost: float | None = None,
+) -> list[SearchResult]:
+    """Search all problems of an environment with one budget."""
+    return run_search(strategy, environment, problems_of(environment, Budget(nfe=nfe, cost=cost)))
+
+
+def linear_gaussian(num_problems: int, num_steps: int) -> MixtureEnvironment:
+    """A single standard Gaussian in one dimension, whose reward is the sample itself."""
+    mixture = Mixture(np.ones(1), np.zeros((1, 1)), np.ones((1, 1)))
+    reward = LinearReward(np.ones(1))
+    return MixtureEnvironment(
+        [mixture] * num_problems, [reward] * num_problems, num_steps=num_steps
+    )
+
+
+class CountingEnvironment(MixtureEnvironment):
+    """Counts by itself what it is asked, to check the ledger and the waves against."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.sizes: list[tuple[str, int]] = []
+
+    def denoise(self, handles: Handles) -> None:
+        self.sizes.append(("denoise", len(handles)))
+        super().denoise(handles)
+
+    def value(self, handles: Handles) -> Values:
+        self.sizes.append(("value", len(handles)))
+        return super().value(handles)
+
+    def reward(self, handles: Handles) -> Values:
+        self.sizes.append(("reward", len(handles)))
+        return super().reward(handles)
+
+    def step(self, parents: Handles, actions: Sequence[Action], seeds: Seeds) -> Handles:
+        self.sizes.append(("step", len(parents)))
+        return super().step(parents, actions, seeds)
+
+    def total(self, kind: str) -> int:
+        """Samples over all calls of one kind."""
+        return sum(size for name, size in self.sizes if name == kind)
+
+
+class FailingEnvironment(MixtureEnvironment):
+    """Raises ``failure`` at the ``after``-th denoise or reward call."""
+
+    failure: Callable[[], BaseException] = KeyboardInterrupt
+    after: int = 1_000_000
+    calls: int = 0
+
+    def _count(self) -> None:
+        self.calls += 1
+        if self.calls > self.after:
+            raise self.failure()
+
+    def denoise(self, handles: Handles) -> None:
+        self._count()
+        super().denoise(handles)
+
+    def reward(self, handles: Handles) -> Values:
+        self._count()
+        return super().reward(handles)
