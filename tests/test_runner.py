@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,13 +199,15 @@ def test_waves_are_reported_with_spending_and_the_best_so_far() -> None:
 
 
 def test_gather_runs_coroutines_of_different_lengths_and_depths() -> None:
-    def chain(name: str, length: int) -> Asks:
+    def chain(name: str, length: int) -> Generator[Any, Any, Any]:
         got = []
         for turn in range(length):
             got.append((yield (name, turn)))
         return got
 
-    both = gather(chain("a", 1), gather(chain("b", 3), chain("c", 0)), chain("d", 2))
+    both: Generator[Any, Any, Any] = gather(
+        chain("a", 1), gather(chain("b", 3), chain("c", 0)), chain("d", 2)
+    )
     asked = next(both)
     log = [asked]
     results = None

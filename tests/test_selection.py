@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from random import Random
 
 import numpy as np
 from hypothesis import given
@@ -22,7 +23,7 @@ Siblings = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @given(siblings(), st.randoms(use_true_random=False))
-def test_scores_do_not_depend_on_the_order_of_siblings(group: Siblings, random: st.Random) -> None:
+def test_scores_do_not_depend_on_the_order_of_siblings(group: Siblings, random: Random) -> None:
     values, visits, under_way = group
     order = list(range(len(values)))
     random.shuffle(order)
