@@ -104,15 +104,15 @@ def check_options(options: SearchOptions) -> None:
 def _is_finite(given: Any) -> bool:
     """Whether what a user gave is a finite number."""
     return (
-        isinstance(given, numbers.Real)
-        and not isinstance(given, bool)
+        not isinstance(given, bool)
+        and isinstance(given, numbers.Real)
         and math.isfinite(float(given))
     )
 
 
 def _is_count(given: Any) -> bool:
     """Whether what a user gave is a whole number of at least 1."""
-    return isinstance(given, numbers.Integral) and not isinstance(given, bool) and int(given) >= 1
+    return not isinstance(given, bool) and isinstance(given, numbers.Integral) and int(given) >= 1
 
 
 def check_stock(stock: dict[str, Any]) -> None:
@@ -394,21 +394,31 @@ class World:
         return ledger
 
 
+def nfe_allowed(options: SearchOptions, num_steps: int) -> int | None:
+    """Evaluations that a call may spend on each image; ``None`` where another budget bounds it.
+
+    Raises:
+        BudgetError: it is not even one.
+    """
+    others = (options.nfe_budget, options.cost_budget, options.time_budget_s)
+    if options.compute is None and any(other is not None for other in others):
+        return options.nfe_budget
+    compute = DEFAULT_COMPUTE if options.compute is None else options.compute
+    nfe = math.floor(compute * num_steps + 1e-9)
+    if nfe == 0:
+        raise BudgetError(
+            f"compute={compute} of {num_steps} steps is less than one NFE: give at least "
+            "compute=1, the cost of a plain sample"
+        )
+    return nfe
+
+
 def call_budgets(
     world: World, strategy: Strategy, options: SearchOptions
 ) -> tuple[Budget, Budget | None]:
     """What may be spent on each image: by the search, and by its plain sample beside it."""
     num_steps = world.stepper.num_steps
-    nfe = options.nfe_budget
-    others = (options.nfe_budget, options.cost_budget, options.time_budget_s)
-    if options.compute is not None or all(other is None for other in others):
-        nfe = math.floor((options.compute or DEFAULT_COMPUTE) * num_steps + 1e-9)
-    if nfe == 0:
-        raise BudgetError(
-            f"compute={options.compute} of {num_steps} steps is less than one NFE: give at least "
-            "compute=1, the cost of a plain sample"
-        )
-    budget = Budget(nfe, options.cost_budget)
+    budget = Budget(nfe_allowed(options, num_steps), options.cost_budget)
     if not world.with_plain:
         return budget, None
     account = world.problems(budget)[0].account

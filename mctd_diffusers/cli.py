@@ -10,10 +10,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import logging
+import math
 import re
 import sys
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +33,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="mctd",
     help="Search over the denoising process of diffusers pipelines, guided by any reward.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -67,7 +70,9 @@ Scheduler = Annotated[
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of one sample.")]
 Guidance = Annotated[float, typer.Option(help="Weight of classifier-free guidance.")]
-Seed = Annotated[int, typer.Option(min=0, help="Image i starts from noise of seed + i.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Image i starts from noise of seed + i.")
+]
 Compute = Annotated[float | None, typer.Option(help="Budget for each image, in plain samples [8].")]
 NfeBudget = Annotated[int | None, typer.Option(help="The same in NFE (evaluations of one latent).")]
 CostBudget = Annotated[
@@ -99,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -112,8 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except _ClickException as error:
             _say(error.format_message())
             status = 2
-        except (MCTDError, OSError) as error:
+        except MCTDError as error:
             _say(str(error))
+            status = 1
+        except OSError as error:
+            _say(_os_error_in_words(error))
             status = 1
     return int(status or 0)
 
@@ -121,6 +129,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _say(message: str) -> None:
     """Say on standard error what the user has to know."""
     typer.echo(f"mctd: {message}", err=True)
+
+
+def _os_error_in_words(error: OSError) -> str:
+    """Say which file the system refused, and what can be done."""
+    if error.filename is None:
+        return str(error)
+    return (
+        f"{str(error.filename)!r} cannot be used ({error.strerror}): clear the way, or name "
+        "another folder with --output"
+    )
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -152,8 +170,9 @@ def parse_search(text: str) -> tuple[str, Any]:
     strategy = resolve_strategy(name)
     if not settings:
         return name, name
+    kinds = typing.get_type_hints(type(strategy))
     known = list(getattr(strategy, "__dataclass_fields__", {}))
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or key not in known:
@@ -161,14 +180,42 @@ def parse_search(text: str) -> tuple[str, Any]:
                 f"search {text!r}: {setting!r} is no setting of {name}; write NAME=VALUE with one "
                 f"of {', '.join(known)}"
             )
+        if key in chosen:
+            raise ConfigError(f"search {text!r}: {key} is set twice; set it once")
         try:
-            chosen[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            chosen[key] = value
+            chosen[key] = _read_setting(value, kinds[key])
+        except ValueError as error:
+            raise ConfigError(f"search {text!r}: {key} is {error}") from None
+    return text, type(strategy)(**chosen)
+
+
+def _read_setting(text: str, kind: Any) -> Any:
+    """Read the value of a setting whose annotation is ``kind``.
+
+    Raises:
+        ValueError: it is of another kind; says the value and what to give.
+    """
     try:
-        return text, type(strategy)(**chosen)
-    except TypeError as error:
-        raise ConfigError(f"search {text!r} has a value of the wrong kind: {error}") from error
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    choices = typing.get_args(kind) or (kind,)
+    if typing.get_origin(kind) is tuple:
+        fits = isinstance(value, tuple) and all(type(part) is int for part in value)
+        wanted = "whole numbers in brackets, such as (1,2)"
+    elif typing.get_origin(kind) is typing.Literal:
+        fits, wanted = value in choices, f"one of {', '.join(map(str, choices))}"
+    elif float in choices:
+        with contextlib.suppress(ValueError):
+            value = float(text)
+        fits, wanted = isinstance(value, float) and math.isfinite(value), "a finite number"
+    else:
+        fits, wanted = type(value) is int, "a whole number"
+    if type(None) in choices:
+        fits, wanted = fits or value is None, f"{wanted} or None"
+    if not fits:
+        raise ValueError(f"{value!r}; give {wanted}")
+    return value
 
 
 def parse_searches(text: str) -> list[tuple[str, Any]]:
@@ -188,7 +235,7 @@ def parse_searches(text: str) -> list[tuple[str, Any]]:
     return searches
 
 
-def _whole_numbers(text: str, name: str) -> tuple[int, ...]:
+def _whole_numbers(text: str, name: str, *, least: int) -> tuple[int, ...]:
     """Read whole numbers with commas between them."""
     try:
         numbers = tuple(int(part) for part in text.split(",") if part.strip())
@@ -198,49 +245,153 @@ def _whole_numbers(text: str, name: str) -> tuple[int, ...]:
         ) from error
     if not numbers:
         raise ConfigError(f"{name} is {text!r}: give at least one whole number")
+    for number in numbers:
+        if number < least:
+            raise ConfigError(f"{name} is {text!r}: {number} is too small, give at least {least}")
+        if numbers.count(number) > 1:
+            raise ConfigError(f"{name} is {text!r}: {number} is named twice, name it once")
     return numbers
 
 
-def _make_scheduler(name: str, config: Any) -> Any:
-    """Make a scheduler of a short name or a class name, with the settings of another.
+def _scheduler_class(name: str, searches: Sequence[Any]) -> Any:
+    """Find the scheduler of a short name or a class name.
 
     Raises:
-        ConfigError: no scheduler has that name.
+        ConfigError: no scheduler has that name, or it cannot be searched.
     """
     import diffusers
 
     class_name = SCHEDULERS.get(name, name)
     found: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
     if not isinstance(found, type) or not issubclass(found, diffusers.SchedulerMixin):
-        near = difflib.get_close_matches(name.lower(), SCHEDULERS, 1, 0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        names = {each.lower(): each for each in (*SCHEDULERS, *SCHEDULERS.values())}
+        near = difflib.get_close_matches(name.lower(), names, 1, 0.6)
+        hint = f"did you mean {names[near[0]]!r}? " if near else ""
         raise ConfigError(
             f"no scheduler is named {name!r}; {hint}the names are {', '.join(SCHEDULERS)}, or a "
             "class of diffusers such as EulerDiscreteScheduler"
         )
-    return found.from_config(config)  # type: ignore[attr-defined]  # diffusers has no types
+    if class_name not in SCHEDULERS.values() and any(search is not None for search in searches):
+        raise ConfigError(
+            f"scheduler {name!r} cannot be searched: name one of {', '.join(SCHEDULERS)}, or draw "
+            "with --search none"
+        )
+    return found
 
 
-def _load_pipeline(
-    model: str,
+def _check_device(device: str | None) -> str:
+    """The device to draw on, which must be able to hold numbers and give them back.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    import torch
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=where).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {where!r} cannot be used ({_first_line(error)}): name another, such as cpu"
+        ) from error
+    return where
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a command asks of the pipeline, checked before the model is loaded.
+
+    Attributes:
+        searches: as the pipeline takes them, ``None`` for the stock pipeline.
+        arguments: of the pipeline's call; a scheduler is added when there is a pipeline.
+        scheduler: class to step with, ``None`` for the model's own.
+        device: to draw on.
+    """
+
+    searches: tuple[Any, ...]
+    arguments: dict[str, Any]
+    scheduler: Any
+    device: str
+
+
+def _check_call(
+    searches: Sequence[Any],
     *,
-    reward: str | None = None,
+    steps: int,
+    guidance: float,
     scheduler: str | None = None,
     device: str | None = None,
-) -> MCTDPipeline:
+    rows_per_call: int | None = None,
+    **budgets: float | None,
+) -> _Call:
+    """Check everything that can be checked without a model.
+
+    Args:
+        searches: as the pipeline takes them.
+        steps: of one sample.
+        guidance: weight of guidance.
+        scheduler: short name or class name.
+        device: to draw on; ``None`` for the best there is.
+        rows_per_call: as the pipeline takes it.
+        budgets: as the pipeline takes them.
+
+    Raises:
+        ConfigError: something cannot work; names the value and the cure.
+    """
+    from mctd_diffusers.calls import SearchOptions, check_options, nfe_allowed
+    from mctd_diffusers.search.budget import Budget
+    from mctd_diffusers.search.problem import Problem
+    from mctd_diffusers.search.runner import check_budget
+    from mctd_diffusers.search.strategies import resolve_strategy
+
+    if not math.isfinite(guidance):
+        raise ConfigError(f"guidance={guidance}: give a finite number")
+    given = {name: budget for name, budget in budgets.items() if budget is not None}
+    if given and all(search is None for search in searches):
+        names = [f"--{name.removesuffix('_s').replace('_', '-')}" for name in given]
+        raise ConfigError(
+            f"search 'none' is the stock pipeline, which has no budget: leave {', '.join(names)} "
+            "out, or name a search"
+        )
+    options = SearchOptions(rows_per_call=rows_per_call, **budgets)  # type: ignore[arg-type]  # see the pipeline
+    check_options(options)
+    for search in searches:
+        nfe = nfe_allowed(options, steps)
+        if search is not None and nfe is not None:
+            problem = Problem(index=0, num_steps=steps, root_seed=0, budget=Budget(nfe))
+            check_budget(resolve_strategy(search), problem)
+    return _Call(
+        searches=tuple(searches),
+        arguments={
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            **budgets,
+            "rows_per_call": rows_per_call,
+            "search_scheduler": None,
+        },
+        scheduler=None if scheduler is None else _scheduler_class(scheduler, searches),
+        device=_check_device(device),
+    )
+
+
+def _load_pipeline(model: str, reward: str | None, call: _Call) -> MCTDPipeline:
     """Load a pipeline, quietly, and put it on its device.
 
     Raises:
-        ConfigError: model, reward or scheduler cannot be had.
+        ConfigError: the model or the reward cannot be had.
     """
     import diffusers
+    import huggingface_hub
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     from mctd_diffusers.pipeline import MCTDPipeline
 
+    # What they log of an error is said once, by the error itself.
+    for library in (diffusers, transformers, huggingface_hub):
+        library.utils.logging.set_verbosity(logging.CRITICAL)
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     folder = EMBEDDED_MODEL if model == "embedded" else model
     if model == "embedded" and reward is None:
@@ -250,46 +401,28 @@ def _load_pipeline(
         pipe = MCTDPipeline.from_pretrained(folder, **chosen)
     except MCTDError:
         raise
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {model!r} cannot be loaded: {_first_line(error)}") from error
-    if scheduler is not None:
-        pipe.scheduler = _make_scheduler(scheduler, pipe.scheduler.config)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"model {model!r} cannot be loaded ({_first_line(error)}): copy or download it again, "
+            "whole"
+        ) from error
+    if pipe.reward_model is None and any(search is not None for search in call.searches):
+        from mctd_diffusers.rewards.resolving import REWARD_NAMES
+
+        raise ConfigError(
+            f"a search needs a reward and model {model!r} has none: add `--reward clip`, another "
+            f"of {', '.join(REWARD_NAMES)}, or the folder or repository of a CLIPModel"
+        )
+    if call.scheduler is not None:
+        pipe.scheduler = call.scheduler.from_config(pipe.scheduler.config)
+        call.arguments["search_scheduler"] = pipe.scheduler
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        # Weights are often saved in half precision, which a CPU is slow at.
-        return pipe.to(device=where, dtype=torch.float32)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {where!r} cannot be used: {_first_line(error)}") from error
+    # Weights are often saved in half precision, which a CPU is slow at.
+    return pipe.to(device=call.device, dtype=torch.float32)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _call_arguments(
-    pipe: MCTDPipeline,
-    *,
-    steps: int,
-    guidance: float,
-    scheduler: str | None,
-    compute: float | None = None,
-    nfe_budget: int | None = None,
-    cost_budget: float | None = None,
-    time_budget: float | None = None,
-    rows_per_call: int | None = None,
-) -> dict[str, Any]:
-    """Arguments of the pipeline's call; a scheduler that was named has to be one that branches."""
-    return {
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "compute": compute,
-        "nfe_budget": nfe_budget,
-        "cost_budget": cost_budget,
-        "time_budget_s": time_budget,
-        "rows_per_call": rows_per_call,
-        "search_scheduler": None if scheduler is None else pipe.scheduler,
-    }
 
 
 def _budget_in_words(call: dict[str, Any]) -> str:
@@ -300,7 +433,8 @@ def _budget_in_words(call: dict[str, Any]) -> str:
         "cost_budget": "{:g} row-equivalents an image",
         "time_budget_s": "{:g} s",
     }
-    words = [text.format(call[name]) for name, text in named.items() if call[name] is not None]
+    given = {name: call[name] for name in named if call.get(name) is not None}
+    words = [named[name].format(bound) for name, bound in given.items()]
     return ", ".join(words) or "compute 8"
 
 
@@ -439,38 +573,77 @@ def generate(
     texts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     with _saving() as saved:
         from mctd_diffusers.evaluation.benchmark import make_folder
-        from mctd_diffusers.viewing.comparison import make_column
 
-        make_folder(output)
-        pipe = _load_pipeline(model, reward=reward, scheduler=scheduler, device=device)
-        call = _call_arguments(
-            pipe,
+        call = _check_call(
+            [chosen],
             steps=steps,
             guidance=guidance,
             scheduler=scheduler,
+            device=device,
             compute=compute,
             nfe_budget=nfe_budget,
             cost_budget=cost_budget,
-            time_budget=time_budget,
+            time_budget_s=time_budget,
             rows_per_call=rows_per_call,
         )
-        try:
-            column = make_column(pipe, texts, label, chosen, seed=seed, call=call)
-        except SearchError as error:
-            _save_partial(error, texts, output)
-            raise
-        about = _about("generate", model, call, seed)
-        _write_generated(
-            pipe, column, texts, output, call=call, about=about, trees=trees, saved=saved
-        )
-        for i, path in enumerate(saved[: len(texts)]):
-            found = column.rewards[i]
-            scored = "" if found is None else f"  reward {found:.4g}"
-            typer.echo(f"{path}{scored}  {column.nfe[i]} NFE")
-        for path in saved[len(texts) :]:
-            typer.echo(path)
-        if column.was_interrupted:
+        make_folder(output)
+        pipe = _load_pipeline(model, reward, call)
+        column, error = _draw(pipe, texts, label, chosen, seed=seed, call=call.arguments)
+        if column is not None:
+            about = _about("generate", model, call.arguments, seed)
+            _write_generated(
+                pipe,
+                column,
+                texts,
+                output,
+                call=call.arguments,
+                about=about,
+                trees=trees and error is None,
+                saved=saved,
+            )
+            for line in _generated_lines(column, saved):
+                typer.echo(line)
+        if error is not None:
+            raise error
+        if column is not None and column.was_interrupted:
             raise KeyboardInterrupt
+
+
+def _draw(
+    pipe: MCTDPipeline,
+    prompts: Sequence[str],
+    label: str,
+    search: Any,
+    *,
+    seed: int,
+    call: dict[str, Any],
+    judge: GoldFn | None = None,
+) -> tuple[Column | None, SearchError | None]:
+    """Search by one method; where that fails, what was finished before and the error."""
+    import time
+
+    from mctd_diffusers.viewing.comparison import column_of, make_column
+
+    started = time.monotonic()
+    try:
+        column = make_column(pipe, prompts, label, search, seed=seed, call=call, judge=judge)
+    except SearchError as error:
+        if error.partial is None or all(image is None for image in error.partial.images):
+            return None, error
+        seconds = time.monotonic() - started
+        return column_of(error.partial, prompts, label, seconds=seconds, judge=judge), error
+    return column, None
+
+
+def _generated_lines(column: Column, saved: Sequence[Path]) -> list[str]:
+    """Lines that name the files of one search, pictures first, with what they are worth."""
+    drawn = [i for i, image in enumerate(column.images) if image is not None]
+    lines = []
+    for i, path in zip(drawn, saved, strict=False):
+        found = column.rewards[i]
+        scored = "" if found is None else f"  reward {found:.4g}"
+        lines.append(f"{path}{scored}  {column.nfe[i]} NFE")
+    return [*lines, *map(str, saved[len(drawn) :])]
 
 
 def _write_generated(
@@ -508,24 +681,6 @@ def _write_generated(
             tree_figure(pipe, column.search[i], prompts[i]).savefig(saved[-1])
 
 
-def _save_partial(error: SearchError, prompts: Sequence[str], output: Path) -> None:
-    """Keep the best samples of a search that failed."""
-    from mctd_diffusers.results import save_image_with_recipe
-    from mctd_diffusers.rewards.calls import to_pil
-    from mctd_diffusers.viewing.comparison import file_names
-
-    if error.partial is None:
-        return
-    kept = 0
-    for i, name in enumerate(file_names(prompts)):
-        if error.partial.images[i] is not None:
-            picture = to_pil(error.partial.images[i][None].float().cpu())[0]
-            save_image_with_recipe(picture, error.partial.search[i].recipe, output / f"{name}.png")
-            kept += 1
-    if kept:
-        _say(f"{kept} pictures that were finished before the error are in {output}")
-
-
 def _prices(pipe: MCTDPipeline, column: Column, call: dict[str, Any]) -> Any:
     """The price list of a search: as it was measured for it, else measured now."""
     from mctd_diffusers.search.environment import Prices
@@ -552,22 +707,25 @@ def _compare(
 ) -> None:
     """Search by every method, write what came of it, and say where it is."""
     from mctd_diffusers.search.environment import Prices
-    from mctd_diffusers.viewing.comparison import make_column, write_comparison
+    from mctd_diffusers.viewing.comparison import write_comparison
 
     columns: list[Column] = []
-    stopped = False
+    ended: BaseException | None = None
     for label, search in searches:
-        _say_progress(f"{label}: {len(prompts)} images")
+        _say_progress(f"{label}: {len(prompts)} image{'s' * (len(prompts) != 1)}")
         try:
-            columns.append(
-                make_column(pipe, prompts, label, search, seed=seed, call=call, judge=judge)
-            )
-        except KeyboardInterrupt:
-            stopped = True
-        if stopped := stopped or columns[-1].was_interrupted:
+            column, ended = _draw(pipe, prompts, label, search, seed=seed, call=call, judge=judge)
+        except KeyboardInterrupt as stop:
+            column, ended = None, stop
+        if column is not None:
+            columns.append(column)
+            if column.was_interrupted:
+                ended = KeyboardInterrupt()
+        if ended is not None:
             break
-    if not columns:
-        raise KeyboardInterrupt
+    if ended is not None and not columns:
+        raise ended
+    trees = trees and not isinstance(ended, SearchError)  # the reward that failed would be asked
     _say_progress("writing")
     searched = [column for column in columns if column.search is not None]
     write_comparison(
@@ -590,8 +748,8 @@ def _compare(
     typer.echo(f"pictures:     {output / 'images'}")
     if trees and searched:
         typer.echo(f"trees:        {output / 'trees'}")
-    if stopped:
-        raise KeyboardInterrupt
+    if ended is not None:
+        raise ended
 
 
 def _say_progress(text: str) -> None:
@@ -657,29 +815,30 @@ def compare(
     with _saving() as saved:
         from mctd_diffusers.evaluation.benchmark import make_folder
 
-        judge = _gold_function(texts, gold)
-        make_folder(output)
-        pipe = _load_pipeline(model, reward=reward, scheduler=scheduler, device=device)
-        call = _call_arguments(
-            pipe,
+        call = _check_call(
+            [chosen for _, chosen in searches],
             steps=steps,
             guidance=guidance,
             scheduler=scheduler,
+            device=device,
             compute=compute,
             nfe_budget=nfe_budget,
             cost_budget=cost_budget,
-            time_budget=time_budget,
+            time_budget_s=time_budget,
             rows_per_call=rows_per_call,
         )
+        judge = _gold_function(texts, gold)
+        make_folder(output)
+        pipe = _load_pipeline(model, reward, call)
         _compare(
             pipe,
             texts,
             searches,
             output,
-            call=call,
+            call=call.arguments,
             seed=seed,
             judge=judge,
-            about=_about("compare", model, call, seed),
+            about=_about("compare", model, call.arguments, seed),
             trees=trees,
             saved=saved,
         )
@@ -700,21 +859,24 @@ def demo(
         from mctd_diffusers.evaluation.benchmark import make_folder
         from mctd_diffusers.evaluation.scenes import KINDS, load_prompts
 
+        searches = [parse_search("none"), parse_search("mctd")]
+        call = _check_call(
+            [chosen for _, chosen in searches], steps=steps, guidance=4.0, compute=compute
+        )
         make_folder(output)
         report = load_prompts("report")
         firsts = [next(p for p in report if p.kind == kind).caption() for kind in KINDS]
         judge = _gold_function(firsts, True)
-        pipe = _load_pipeline("embedded")
-        call = _call_arguments(pipe, steps=steps, guidance=4.0, scheduler=None, compute=compute)
+        pipe = _load_pipeline("embedded", None, call)
         _compare(
             pipe,
             firsts,
-            [parse_search("none"), parse_search("mctd")],
+            searches,
             output,
-            call=call,
+            call=call.arguments,
             seed=seed,
             judge=judge,
-            about=_about("demo", "embedded", call, seed),
+            about=_about("demo", "embedded", call.arguments, seed),
             trees=True,
             saved=saved,
         )
@@ -776,6 +938,12 @@ def bench(
     Writes results.md and results.json. Stopped, it goes on from the finished cells.
     """
     searches = parse_searches(search)
+    if any(chosen is None for _, chosen in searches):
+        raise ConfigError(
+            f"search {search!r}: a bench draws plain samples anyway, leave 'none' out"
+        )
+    computes = _whole_numbers(compute, "--compute", least=1)
+    seed_numbers = _whole_numbers(seeds, "--seeds", least=0)
     with _saving() as saved:
         from mctd_diffusers.evaluation.benchmark import (
             identity_of,
@@ -792,16 +960,25 @@ def bench(
         settings = BenchSettings(
             prompts=read_prompts(prompts, limit),
             searches=tuple(SearchSpec(label, chosen) for label, chosen in searches),
-            computes=_whole_numbers(compute, "--compute"),
-            seeds=_whole_numbers(seeds, "--seeds"),
+            computes=computes,
+            seeds=seed_numbers,
             num_steps=steps,
             guidance_scale=guidance,
             rows_per_call=rows_per_call,
             scale_compute=scale,
         )
+        call = _check_call(
+            [chosen for _, chosen in searches],
+            steps=steps,
+            guidance=guidance,
+            scheduler=scheduler,
+            device=device,
+            rows_per_call=rows_per_call,
+            compute=min(computes),
+        )
         make_folder(output)
         judge = _load_judge()
-        pipe = _load_pipeline(model, reward=reward, scheduler=scheduler, device=device)
+        pipe = _load_pipeline(model, reward, call)
         report = run_benchmark(
             pipeline_draw(pipe, settings),
             judge.score,
@@ -847,9 +1024,10 @@ def evaluate_model(
         from mctd_diffusers.evaluation.benchmark import make_folder
         from mctd_diffusers.evaluation.model_report import evaluate_model, format_report
 
+        call = _check_call([], steps=steps, guidance=guidance, device=device)
         make_folder(output)
         judge = _load_judge()
-        pipe = _load_pipeline(model, reward=reward, device=device)
+        pipe = _load_pipeline(model, reward, call)
         pipe.set_progress_bar_config(disable=True)
         report = evaluate_model(
             pipe,

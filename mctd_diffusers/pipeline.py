@@ -828,7 +828,7 @@ def _parts_beside(folder: Path) -> dict[str, Any]:
 
 def _restore_reward(folder: Path, entry: Any) -> RewardFn:
     """Load the reward that was saved with a pipeline."""
-    settings = {"kind": entry} if isinstance(entry, str) else entry
+    settings: Any = {"kind": entry} if isinstance(entry, str) else entry
     if not isinstance(settings, dict) or set(settings) - {"kind", "scale"}:
         raise ConfigError(
             f"the saved reward is {entry!r}, known are its kind and scale: pass reward_model=... "

@@ -210,7 +210,8 @@ class ImageSearch:
         Raises:
             ConfigError: ``n`` is not a whole number of at least 1.
         """
-        if not isinstance(n, numbers.Integral) or n < 1:
+        count: Any = n
+        if not isinstance(count, numbers.Integral) or n < 1:
             raise ConfigError(f"top({n!r}): ask for a whole number of samples, at least 1")
         order = sorted(range(len(self.finished)), key=lambda i: -self.finished[i].reward)
         order = _without_repetitions(self.latents, order)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,19 @@ def test_evaluate_model_prints_the_report(
         ("beam:depth=2", "'depth=2' is no setting of beam; .* width"),
         ("beam:width", "'width' is no setting of beam"),
         ("beam:width=0", "width is 0"),
+        ("beam:width=x", "width is 'x'; give a whole number"),
+        ("beam:width=1.5", "width is 1.5; give a whole number"),
+        ("beam:width=None", "width is None; give a whole number"),
+        ("beam:width=True", "width is True; give a whole number"),
+        ("beam:width=2:width=3", "width is set twice"),
+        ("beam:branch_eta=x", "branch_eta is 'x'; give a finite number"),
+        ("mctd:exploration=inf", "exploration is inf; give a finite number"),
+        ("mctd:wave_size=2.5", "wave_size is 2.5; give a whole number"),
+        ("mctd:strides=2", r"strides is 2; give whole numbers in brackets, such as \(1,2\)"),
+        ("mctd:strides=(1,x)", r"strides is '\(1,x\)'; give whole numbers in brackets"),
+        ("mctd:backup=maxx", "backup is 'maxx'; give one of max, mean, soft"),
+        ("mctd:backup=3", "backup is 3; give one of max, mean, soft"),
+        ("best_of_n:n=2.5", "n is 2.5; give a whole number or None"),
         ("none:width=2", "'none'.* has no settings"),
         ("beam,beam", "named twice"),
         (",", "no search in ','"),
@@ -243,6 +257,8 @@ def test_a_search_with_settings_is_read() -> None:
     searches = cli.parse_searches("mctd:strides=(1,2),beam")
     assert [label for label, _ in searches] == ["mctd:strides=(1,2)", "beam"]
     assert searches[0][1].strides == (1, 2)
+    assert cli.parse_search("best_of_n:n=None")[1].n is None
+    assert cli.parse_search("mctd:backup=soft:temperature=2")[1].backup == "soft"
     assert cli.parse_searches("none, best_of_n") == [("none", None), ("best_of_n", "best_of_n")]
 
 
@@ -256,11 +272,19 @@ def test_a_search_with_settings_is_read() -> None:
         (["--cost-budget", "0.1"], "0.1 row-equivalents cannot finish one sample"),
         (["--compute", "-1"], "compute=-1"),
         (["--compute", "2", "--nfe-budget", "8"], "give one of them"),
+        (["--compute", "inf"], "compute=inf: give a finite number above 0"),
+        (["--compute", "1", "--search", "beam:width=2"], "4 NFE .* 'beam' over .* at least 8 NFE"),
         (["--time-budget", "0"], "time_budget_s=0"),
-        (["--scheduler", "pndm"], "no scheduler is named 'pndm'"),
+        (["--guidance", "nan"], "guidance=nan: give a finite number"),
+        (["--scheduler", "pndm"], "no scheduler is named 'pndm'; the names"),
         (["--scheduler", "eulr"], "did you mean 'euler'"),
-        (["--scheduler", "PNDMScheduler"], "PNDMScheduler"),
+        (["--scheduler", "EulerDiscreteSchedule"], "did you mean 'EulerDiscreteScheduler'"),
+        (["--scheduler", "PNDMScheduler"], "'PNDMScheduler' cannot be searched: .* ddim, .* none"),
+        (["--scheduler", "SchedulerMixin"], "no scheduler is named 'SchedulerMixin'"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
+        (["--search", "none", "--compute", "2"], "'none' is the stock pipeline.* leave --compute"),
+        (["--search", "none", "--time-budget", "2"], "leave --time-budget out"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(
@@ -277,15 +301,59 @@ def test_what_cannot_work_is_refused_in_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", PROMPT, "--compute", "-1"],
+        ["generate", PROMPT, "--compute", "0.5"],
+        ["compare", PROMPT, "--nfe-budget", "0", "--search", "none,mctd"],
+        ["demo", "--compute", "0.5"],
+        ["bench", "--compute", "1", "--search", "beam:width=2"],
+        ["generate", PROMPT, "--scheduler", "eulr"],
+        ["generate", PROMPT, "--scheduler", "PNDMScheduler"],
+        ["evaluate-model", "--guidance", "nan"],
+        ["compare", PROMPT, "--device", "abacus"],
+    ],
+)
+def test_arguments_are_checked_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+    box: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+) -> None:
+    monkeypatch.setattr(cli, "EMBEDDED_MODEL", str(tmp_path / "nowhere"))
+    assert "nowhere" not in fails(capsys, *arguments, "--output", tmp_path / "out")
+    assert "nowhere" in fails(
+        capsys,
+        arguments[0],
+        *[PROMPT] * (arguments[0] in ("generate", "compare")),
+        "--output",
+        tmp_path / "out",
+    )
+
+
+def test_a_seed_beyond_what_a_generator_takes_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "--seed" in fails(capsys, "generate", PROMPT, "--seed", 10**20, status=2)
+
+
+def test_the_program_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys)
+    assert status == 0
+    assert "generate" in out
+    assert not err
+
+
 def test_a_model_without_a_reward_is_told_how_to_get_one(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     tiny.make_stock().save_pretrained(tmp_path / "stock")
     arguments = ["--model", tmp_path / "stock", "--output", tmp_path / "out", *QUICK]
-    status, _, err = run(capsys, "generate", PROMPT, *arguments)
-    assert status == 1
-    assert "a search needs a reward" in err
-    assert "Traceback" not in err
+    said = fails(capsys, "generate", PROMPT, *arguments)
+    assert "a search needs a reward" in said
+    assert "add `--reward clip`" in said
     status, _, err = run(capsys, "generate", PROMPT, "--reward", "brightness", *arguments)
     assert status == 0, err
 
@@ -295,9 +363,16 @@ def test_a_broken_model_folder_is_said_in_one_sentence(
 ) -> None:
     broken = shutil.copytree(model, tmp_path / "model")
     arguments = ["generate", PROMPT, "--model", broken, "--output", tmp_path / "out"]
-    for weights in (broken / "unet").glob("*.safetensors"):
+    for part in ("unet", "text_encoder"):
+        (weights,) = (broken / part).glob("*.safetensors")
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:1000])
+        assert "cannot be loaded" in fails(capsys, *arguments)
         weights.unlink()
-    assert "cannot be loaded" in fails(capsys, *arguments)
+        assert "cannot be loaded" in fails(capsys, *arguments)
+        weights.write_bytes(whole)
+    shutil.rmtree(broken / "tokenizer")
+    assert "lacks tokenizer" in fails(capsys, *arguments)
     (broken / "model_index.json").write_text("{")
     assert "no pipeline could be read" in fails(capsys, *arguments)
 
@@ -309,6 +384,15 @@ def test_an_output_that_is_no_folder_is_refused(
     for command in (["generate", PROMPT], ["compare", PROMPT], ["demo"], ["bench"]):
         said = fails(capsys, *command, "--output", tmp_path / "file")
         assert "cannot be used" in said
+
+
+def test_a_file_that_cannot_be_written_is_named(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "result.json").mkdir()
+    arguments = ["--model", model, "--output", tmp_path, *QUICK]
+    said = fails(capsys, "generate", PROMPT, *arguments)
+    assert re.search(r"result\.json' cannot be used \(Is a directory\).*--output", said)
 
 
 def test_gold_that_is_asked_for_needs_a_prompt_that_the_judge_reads(
@@ -351,11 +435,23 @@ def test_an_argument_that_cannot_be_read_exits_with_two(
     assert fails(capsys, *arguments, status=2)
 
 
-@pytest.mark.parametrize("compute", ["4,eight", ","])
-def test_budgets_of_a_bench_are_whole_numbers(
-    capsys: pytest.CaptureFixture[str], compute: str
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compute", "4,eight"], "whole number"),
+        (["--compute", ","], "whole number"),
+        (["--compute", "0"], "0.* at least 1"),
+        (["--compute", "2,4,2"], "2 is named twice"),
+        (["--seeds", "0,0"], "0 is named twice"),
+        (["--seeds", "-1"], "-1.* at least 0"),
+        (["--search", "none,mctd"], "leave 'none' out"),
+    ],
+)
+def test_budgets_and_seeds_of_a_bench_are_whole_numbers(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    assert "whole number" in fails(capsys, "bench", "--compute", compute)
+    said = fails(capsys, "bench", "--output", tmp_path / "out", *arguments)
+    assert re.search(message, said)
 
 
 def test_a_reward_that_fails_leaves_what_was_finished(
@@ -364,24 +460,46 @@ def test_a_reward_that_fails_leaves_what_was_finished(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls = []
+    calls: list[int] = []
 
     def tiring(images: torch.Tensor, prompts: list[str]) -> list[float]:
         calls.append(len(prompts))
-        if len(calls) > 1:
+        if len(calls) > 2:
             raise RuntimeError("out of ink")
         return [1.0] * len(prompts)
 
     monkeypatch.setitem(resolving._NAMED_REWARDS, "tiring", lambda: tiring)
-    status, _, err = run(
-        capsys, "generate", PROMPT, "--model", model, "--reward", "tiring", "--output", tmp_path,
-        "--search", "best_of_n", "--steps", 4, "--compute", 2, "--rows-per-call", 1,
-    )  # fmt: skip
+    arguments = [
+        PROMPT, "a cup", "--model", model, "--reward", "tiring", "--steps", 4, "--compute", 2,
+        "--rows-per-call", 1,
+    ]  # fmt: skip
+    search = "best_of_n:wave_size=1"
+    status, out, err = run(
+        capsys, "generate", *arguments, "--search", search, "--output", tmp_path / "one"
+    )
     assert status == 1
-    assert "reward 'tiring' raised RuntimeError: out of ink" in err
-    assert "Traceback" not in err
-    if "finished before the error" in err:
-        assert (tmp_path / "two-blue-cars.png").is_file()
+    (said,) = err.splitlines()
+    assert said.startswith("mctd: reward 'tiring' raised RuntimeError: out of ink")
+    for name in ("two-blue-cars.png", "a-cup.png", "result.json"):
+        assert (tmp_path / "one" / name).is_file()
+        assert str(tmp_path / "one" / name) in out
+    (found,) = json.loads((tmp_path / "one" / "result.json").read_text())["searches"].values()
+    assert found["ledger"]["nfe"] == 16
+    assert [image["stop_reason"] for image in found["images"]] == ["error"] * 2
+
+    calls[:] = []
+    arguments[arguments.index("--reward") + 1] = "tired"
+    monkeypatch.setitem(resolving._NAMED_REWARDS, "tired", lambda: tiring)
+    searches = f"{search},mctd"
+    status, out, err = run(
+        capsys, "compare", *arguments, "--search", searches, "--output", tmp_path / "two"
+    )
+    assert status == 1
+    assert "out of ink" in err.splitlines()[-1]
+    assert (tmp_path / "two" / "sheet.png").is_file()
+    assert str(tmp_path / "two" / "sheet.png") in out
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert list(result["searches"]) == [search]
 
 
 def test_ctrl_c_keeps_what_was_finished(

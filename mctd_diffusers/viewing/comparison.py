@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mctd_diffusers.pipeline import MCTDPipeline
-from mctd_diffusers.results import ImageSearch, save_image_with_recipe
+from mctd_diffusers.results import ImageSearch, MCTDPipelineOutput, save_image_with_recipe
 from mctd_diffusers.rewards.calls import call_reward, to_pil
 from mctd_diffusers.search.environment import Ledger, Prices
 from mctd_diffusers.search.tree import path_to_root
@@ -99,7 +100,7 @@ def make_column(
         call: further arguments of the pipeline's call; budgets are dropped for the stock pipeline.
         judge: scores the samples; no search sees it.
     """
-    start = time.monotonic()
+    started = time.monotonic()
     stock = {name: given for name, given in call.items() if name not in SEARCH_ARGUMENTS}
     output = pipe(
         list(prompts),
@@ -108,24 +109,46 @@ def make_column(
         search=search,
         **(stock if search is None else call),
     )
+    if search is None and pipe.reward_model is not None:
+        batch = output.images.float().cpu()
+        scored = call_reward(pipe.reward_model, batch, list(prompts), range(len(batch)))
+        output.rewards = scored.tolist()
+    seconds = time.monotonic() - started
+    return column_of(output, prompts, label, seconds=seconds, judge=judge)
+
+
+def column_of(
+    output: MCTDPipelineOutput,
+    prompts: Sequence[str],
+    label: str,
+    *,
+    seconds: float,
+    judge: GoldFn | None = None,
+) -> Column:
+    """Column of one call's output; a call that failed has one of what was finished before.
+
+    Args:
+        output: with images of type ``"pt"``, at least one of them finished.
+        prompts: one for each image.
+        label: name of the search.
+        seconds: that the call took.
+        judge: scores the samples; no search sees it.
+    """
     images = [None if image is None else image.float().cpu() for image in output.images]
     finished = [i for i, image in enumerate(images) if image is not None]
     batch = torch.stack([images[i] for i in finished])  # type: ignore[misc]  # none is None
     read = [prompts[i] for i in finished]
-    rewards = output.rewards or [None] * len(prompts)
-    if search is None and pipe.reward_model is not None:
-        rewards = call_reward(pipe.reward_model, batch, read, range(len(read))).tolist()
     judged = iter(judge(batch, read) if judge else [None] * len(read))
     pictures = iter(to_pil(batch))
     return Column(
         label=label,
         images=[None if image is None else next(pictures) for image in images],
-        rewards=list(rewards),
+        rewards=list(output.rewards or [None] * len(prompts)),
         nfe=list(output.nfe or [0] * len(prompts)),
         gold=[None if image is None else next(judged) for image in images],
         search=output.search,
         ledger=output.ledger,
-        seconds=time.monotonic() - start,
+        seconds=seconds,
     )
 
 
@@ -175,12 +198,14 @@ def file_names(prompts: Sequence[str]) -> list[str]:
     """Gives each image a name without a suffix: its prompt, numbered where that is not enough."""
     slugs = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] for prompt in prompts]
     slugs = [slug or "image" for slug in slugs]
-    repeated = {slug for slug in slugs if slugs.count(slug) > 1}
-    counted: dict[str, int] = {}
+    taken = {slug for slug in slugs if slugs.count(slug) == 1}
     names = []
     for slug in slugs:
-        counted[slug] = counted.get(slug, -1) + 1
-        names.append(f"{slug}-{counted[slug]}" if slug in repeated else slug)
+        name = slug
+        if slug not in taken or name in names:
+            name = next(name for i in itertools.count() if (name := f"{slug}-{i}") not in taken)
+            taken.add(name)
+        names.append(name)
     return names
 
 

@@ -35,6 +35,7 @@ def column(label: str, rewards: list[float | None], **changes: object) -> Column
 def test_files_are_named_by_their_prompt() -> None:
     names = file_names(["A cup!", "two cups", "a cup", "猫", "../x"])
     assert names == ["a-cup-0", "two-cups", "a-cup-1", "image", "x"]
+    assert file_names(["a cup", "a cup", "a cup 0"]) == ["a-cup-1", "a-cup-2", "a-cup-0"]
 
 
 def test_the_report_is_plain_data_with_means_over_what_is_known() -> None:
