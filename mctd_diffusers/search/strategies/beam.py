@@ -50,7 +50,7 @@ class Beam:
                 raise ConfigError(f"{name} is {number!r}; give at least 1.")
         if not 0 <= self.branch_eta <= 1:
             raise ConfigError(f"branch_eta is {self.branch_eta!r}; give a share from 0 to 1.")
-        if self.brake_nats < 0:
+        if not self.brake_nats >= 0:
             raise ConfigError(f"brake_nats is {self.brake_nats!r}; give nats of at least 0.")
 
     @property
