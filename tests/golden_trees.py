@@ -1,0 +1,56 @@
+"""Golden trees: small searches whose whole trees are kept, and how they are grown again.
+
+``scripts/regold`` writes ``tests/golden/*.json`` from here, and nothing else does. A change of
+these files is a change of what searches do: look at it as a diff.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from mctd_diffusers.search.runner import Strategy
+from mctd_diffusers.search.strategies import MCTD, Beam, BestOfN
+from tests.by_hand import columns_of
+from tests.toys import search, small_environment
+
+FOLDER: Final = Path(__file__).parent / "golden"
+SEARCHES: Final[dict[str, Strategy]] = {
+    "best_of_n": BestOfN(wave_size=2),
+    "beam": Beam(),
+    "mctd": MCTD(),
+}
+"""Name of a golden tree -> its search, with the settings that a user gets by that name."""
+NUM_STEPS: Final = 4
+NFE: Final = {"best_of_n": 12, "beam": 22, "mctd": 22}
+
+
+def path_of(name: str) -> Path:
+    """File of a golden tree."""
+    return FOLDER / f"{name}.json"
+
+
+def grow(name: str) -> dict[str, list[Any]]:
+    """Columns of the tree of a search, run now."""
+    (result,) = search(SEARCHES[name], small_environment(1, NUM_STEPS), nfe=NFE[name])
+    return columns_of(result.tree)
+
+
+def as_text(columns: dict[str, list[Any]]) -> str:
+    """JSON with a line for each column, measured numbers to twelve digits."""
+    lines = []
+    for name, column in columns.items():
+        plain = [float(f"{x:.12g}") if isinstance(x, float) else x for x in column]
+        lines.append(f'  "{name}": {json.dumps(plain)}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def main() -> None:
+    """Write all golden trees."""
+    for name in SEARCHES:
+        path_of(name).write_text(as_text(grow(name)), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
