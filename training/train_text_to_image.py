@@ -494,6 +494,11 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     for path in unfinished.glob("*/*.safetensors"):
         weights = {name: weight.half() for name, weight in load_file(path).items()}
         save_file(weights, path, metadata={"format": "pt"})
+    # The folder that a run began with is no part of what it made.
+    for path in unfinished.glob("*/config.json"):
+        config = json.loads(path.read_text("utf-8"))
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     # Older transformers read a tokenizer from these two.
     model = json.loads((unfinished / "tokenizer" / "tokenizer.json").read_text("utf-8"))["model"]
     (unfinished / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"]), "utf-8")
