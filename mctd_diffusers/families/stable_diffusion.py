@@ -440,9 +440,8 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
         if stock["latents"] is not None and tuple(stock["latents"].shape) != shape:
             raise ConfigError(
                 f"latents have shape {tuple(stock['latents'].shape)}, expected {shape} (images, "
-                "channels, "
-                f"rows, columns) for {stock['height']}x{stock['width']} pixels: pass one row an "
-                "image"
+                f"channels, rows, columns) for {stock['height']}x{stock['width']} pixels: pass one "
+                "row an image"
             )
 
     def _latent_shape(self, stock: dict[str, Any]) -> tuple[int, int, int, int]:
