@@ -47,7 +47,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, HfArgumentParser
 
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.evaluation.contradictions import contradict
+from mctd_diffusers.evaluation.contradictions import contradict_each
 from mctd_diffusers.evaluation.real_scenes import RealScenes, reward_figures
 from mctd_diffusers.evaluation.scenes import COLOURS, OBJECTS, parse_prompt
 from mctd_diffusers.models.augmentation import (
@@ -106,7 +106,9 @@ class Options:
     retint_share: float = field(
         default=0.5, metadata={"help": "share of coloured groups that get another colour"}
     )
-    false_captions: int = field(default=2, metadata={"help": "wrong captions a picture"})
+    false_captions: int = field(
+        default=1, metadata={"help": "wrong captions a picture, for each kind of fact it states"}
+    )
     patch_weight: float = field(default=0.5, metadata={"help": "weight of naming the patches"})
     hidden_size: int = field(default=128, metadata={"help": "width of both transformers"})
     vision_layers: int = field(default=4, metadata={"help": "layers of the picture's"})
@@ -436,14 +438,19 @@ def neighbourhoods(captions: list[str]) -> tuple[list[int], list[np.ndarray]]:
 
 
 def false_captions(captions: list[str], number: int, rng: np.random.Generator) -> list[str]:
-    """Writes for each caption of the grammar some that are wrong in one fact."""
+    """Writes for each caption of the grammar some that are wrong in one fact, of every kind.
+
+    Of every kind each time: left and right, or whose colour is whose, are learned late, and would
+    hardly be asked for if the kind were drawn.
+    """
     wrong = []
     for caption in captions:
         try:
             prompt = parse_prompt(caption)
         except ConfigError:
             continue
-        wrong += [contradict(prompt, rng).prompt.caption() for _ in range(number)]
+        for _ in range(number):
+            wrong += [false.prompt.caption() for false in contradict_each(prompt, rng)]
     return wrong
 
 

@@ -73,6 +73,16 @@ def contradict(
     return Contradiction(kind, make_prompt(items, prompt.relation, prompt.style))
 
 
+def contradict_each(prompt: ScenePrompt, rng: np.random.Generator) -> list[Contradiction]:
+    """One contradiction for each kind of fact that a prompt states, in the order of `CHANGES`.
+
+    Args:
+        prompt: a caption that says all that its picture shows.
+        rng: draws the place and the word of each change.
+    """
+    return [contradict(prompt, rng, change) for change in CHANGES if _edits(prompt, change)]
+
+
 def _edits(prompt: ScenePrompt, change: Change) -> list[_Edit]:
     """List every way to change one fact of the kind: new fields by group, or a new relation."""
     if change == "position":

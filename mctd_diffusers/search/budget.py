@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 import sys
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.environment import Counts, Prices
+from mctd_diffusers.search.settings import check_setting
 
 StopReason: TypeAlias = Literal["budget", "exhausted", "time", "interrupted", "error"]
 """Why a search ended: what is left of the budget pays for nothing more; the strategy had nothing
@@ -40,21 +40,17 @@ class Budget:
     cost: float | None = None
 
     def __post_init__(self) -> None:
-        if self.nfe is not None and not _is_at_least(self.nfe, 1, whole=True):
-            raise ConfigError(f"nfe budget is {self.nfe!r}; give a whole number of at least 1.")
-        if self.cost is not None and (self.cost == 0 or not _is_at_least(self.cost, 0)):
-            raise ConfigError(f"cost budget is {self.cost!r}; give row-equivalents above 0.")
+        if self.nfe is not None:
+            check_setting("nfe budget", self.nfe, 1, whole=True)
+        if self.cost is not None:
+            check_setting("cost budget", self.cost, 0)
+            if self.cost in (0, math.inf):
+                raise ConfigError(f"cost budget is {self.cost!r}; give row-equivalents above 0.")
 
-
-def _is_at_least(number: Any, least: float, *, whole: bool = False) -> bool:
-    """Whether what a user gave is a finite number (``whole``: an integer) of at least ``least``."""
-    kind = numbers.Integral if whole else numbers.Real
-    return (
-        not isinstance(number, bool)
-        and isinstance(number, kind)
-        and math.isfinite(float(number))
-        and float(number) >= least
-    )
+    def __str__(self) -> str:
+        bounds = [] if self.nfe is None else [f"{self.nfe} NFE"]
+        bounds += [] if self.cost is None else [f"{self.cost:g} row-equivalents"]
+        return f"a budget of {' and '.join(bounds)}" if bounds else "no budget"
 
 
 class Account:

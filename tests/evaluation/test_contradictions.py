@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.evaluation.contradictions import CHANGES, contradict
+from mctd_diffusers.evaluation.contradictions import CHANGES, contradict, contradict_each
 from mctd_diffusers.evaluation.judge import Sighting, fact_probability
 from mctd_diffusers.evaluation.scenes import (
     COLOURS,
@@ -61,3 +61,17 @@ def test_every_change_occurs_and_is_what_it_says() -> None:
 def test_what_is_not_there_cannot_be_changed() -> None:
     with pytest.raises(ConfigError, match="'a cat' has no such fact"):
         contradict(parse_prompt("a cat"), np.random.default_rng(0), "colour")
+
+
+def test_each_kind_of_fact_is_contradicted_once() -> None:
+    rng = np.random.default_rng(0)
+    related = parse_prompt("a red cat to the left of a blue fish")
+    assert [false.change for false in contradict_each(related, rng)] == [
+        "object",
+        "count",
+        "colour",
+        "binding",
+        "position",
+    ]
+    alone = contradict_each(parse_prompt("a cat"), rng)
+    assert [false.change for false in alone] == ["object", "count"]

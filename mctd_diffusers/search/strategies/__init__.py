@@ -33,7 +33,7 @@ def resolve_strategy(search: str | Strategy) -> Strategy:
         near = difflib.get_close_matches(search.lower().replace("-", "_"), STRATEGIES, 1, 0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
-            f"no search is named {search!r}; {hint}The names are {', '.join(sorted(STRATEGIES))}."
+            f"no search is named {search!r}; {hint}the names are {', '.join(sorted(STRATEGIES))}."
         )
     if isinstance(search, type) or not all(
         hasattr(search, part) for part in ("name", "least_nfe", "search")

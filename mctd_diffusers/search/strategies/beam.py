@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mctd_diffusers.errors import BudgetError, ConfigError
+from mctd_diffusers.errors import BudgetError
 from mctd_diffusers.search.budget import UNLIMITED
 from mctd_diffusers.search.environment import Asks
 from mctd_diffusers.search.moves import denoise, draw, reward, step, value
 from mctd_diffusers.search.problem import Problem
+from mctd_diffusers.search.settings import check_setting
 from mctd_diffusers.search.strides import constant_strides
 
 _DEFAULT_CANDIDATES = 4  # without a bound on NFE: 2 to 4 stay on the data manifold
@@ -44,14 +45,12 @@ class Beam:
     brake_nats: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "width", "stride", "block"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ConfigError(f"{name} is {number!r}; give at least 1.")
-        if not 0 <= self.branch_eta <= 1:
-            raise ConfigError(f"branch_eta is {self.branch_eta!r}; give a share from 0 to 1.")
-        if not self.brake_nats >= 0:
-            raise ConfigError(f"brake_nats is {self.brake_nats!r}; give nats of at least 0.")
+        if self.candidates is not None:
+            check_setting("candidates", self.candidates, 1, whole=True)
+        for name in ("width", "stride", "block"):
+            check_setting(name, getattr(self, name), 1, whole=True)
+        check_setting("branch_eta", self.branch_eta, 0, 1)
+        check_setting("brake_nats", self.brake_nats, 0)
 
     @property
     def name(self) -> str:

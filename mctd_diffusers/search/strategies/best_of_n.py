@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.environment import Asks
 from mctd_diffusers.search.moves import draw, finish_plainly
 from mctd_diffusers.search.problem import Problem
+from mctd_diffusers.search.settings import check_setting
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,9 @@ class BestOfN:
     wave_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.n is not None and self.n < 1:
-            raise ConfigError(f"n is {self.n!r}; best_of_n draws at least 1 sample.")
-        if self.wave_size < 1:
-            raise ConfigError(f"wave_size is {self.wave_size!r}; give at least 1.")
+        if self.n is not None:
+            check_setting("n", self.n, 1, whole=True)
+        check_setting("wave_size", self.wave_size, 1, whole=True)
 
     @property
     def name(self) -> str:

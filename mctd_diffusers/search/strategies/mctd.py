@@ -50,6 +50,7 @@ from mctd_diffusers.search.selection import (
     min_max,
     uct_scores,
 )
+from mctd_diffusers.search.settings import check_setting
 from mctd_diffusers.search.strides import Plan, StridePolicy, plan_rollout
 from mctd_diffusers.search.tree import (
     ROOT,
@@ -88,8 +89,8 @@ class MCTD:
         widening_exponent: see there.
         finish: candidates of the last level of a rollout that are finished and scored in full.
         branch_eta: share of fresh noise on the edges that branch, 0 to 1.
-        brake_nats: bound on the summed log of candidates along a path, which keeps selection on the
-            data manifold.
+        brake_nats: bound on the summed log of candidates along the path of a rollout, when it is
+            made (widening a node later adds to it), which keeps selection on the data manifold.
         backup: what a node is worth: the ``"max"``, ``"mean"`` or ``"soft"`` of rewards below it.
         temperature: of the soft backup, in reward units.
     """
@@ -111,26 +112,20 @@ class MCTD:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "wave_size", "finish"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ConfigError(f"{name} is {number!r}; give at least 1.")
-        for name, low, high in (
-            ("edge_gain", 0, 1),
-            ("first_share", 0, 1),
-            ("seed_share", 0, 1),
-            ("branch_eta", 0, 1),
-            ("exploration", 0, math.inf),
-            ("widening_constant", 0, math.inf),
-            ("widening_exponent", 0, 1),
-            ("brake_nats", 0, math.inf),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; give {low} to {high}.")
+        if self.candidates is not None:
+            check_setting("candidates", self.candidates, 1, whole=True)
+        for name in ("wave_size", "finish"):
+            check_setting(name, getattr(self, name), 1, whole=True)
+        for name in ("edge_gain", "first_share", "seed_share", "branch_eta", "widening_exponent"):
+            check_setting(name, getattr(self, name), 0, 1)
+        for name in ("exploration", "widening_constant", "brake_nats", "temperature"):
+            check_setting(name, getattr(self, name), 0)
         if not self.first_share:
             raise ConfigError("first_share is 0; a rollout needs a share above 0.")
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature is {self.temperature!r}; give reward units above 0.")
+        if not self.temperature:
+            raise ConfigError(
+                f"temperature is {self.temperature!r}; give reward units above 0, or backup='max'."
+            )
         if self.backup not in _BACKUPS:
             raise ConfigError(f"backup is {self.backup!r}; give one of {', '.join(_BACKUPS)}.")
         if self.stride_policy not in get_args(StridePolicy):
@@ -164,9 +159,12 @@ class MCTD:
         while wave:
             for node, _ in wave:
                 add_virtual_visit(problem.tree, node)
-            finished = yield from gather(*(self._simulate(problem, *start) for start in wave))
-            for (node, _), leaves in zip(wave, finished, strict=True):
-                settle(problem.tree, node)
+            try:
+                finished = yield from gather(*(self._simulate(problem, *start) for start in wave))
+            finally:  # also when the search is stopped in the middle of a wave
+                for node, _ in wave:
+                    settle(problem.tree, node)
+            for leaves in finished:
                 for leaf in leaves:
                     backup(problem.tree, leaf, float(problem.tree.reward[leaf]))
             wave = self._select_wave(problem, standard)
