@@ -114,7 +114,7 @@ def test_the_candidates_of_a_path_stay_within_the_brake(
 
 @pytest.mark.parametrize("finish", [1, 2, 3])
 def test_the_best_of_the_last_level_are_finished(finish: int) -> None:
-    strategy = MCTD(finish=finish, first_share=0.5)
+    strategy = MCTD(finish=finish, first_share=0.5, draft_share=0.0)
     environment = rugged_environment(1, num_steps=8, first_seed=4)
     (problem,) = problems_of(environment, Budget(nfe=120))
     tree = problem.tree
@@ -151,15 +151,26 @@ def test_a_cost_budget_is_used_up_and_never_exceeded(cost: float) -> None:
         assert result.finished
 
 
-def test_seeds_are_halved_by_value_before_the_first_rollout() -> None:
-    (result,) = search(MCTD(seed_share=0.3), small_environment(1, 8), nfe=100)
+def test_drafts_are_finished_coarsely_by_their_share_before_the_first_greedy_rollout() -> None:
+    (result,) = search(MCTD(draft_share=0.5), small_environment(1, 16), nfe=96)
     tree = result.tree
-    draws = np.array(tree.children(ROOT))
-    went_on = [int(node) for node in draws if tree.children(int(node))]
-    assert len(draws) > len(went_on)
-    worst = tree.value[went_on].min()
-    others = np.setdiff1d(draws, went_on)
-    assert (tree.value[others] <= worst).all()
+    drafts = [sample for sample in result.finished if sample.nfe_when_found == 48]
+    assert len(drafts) == 12  # of 48 NFE, each with four edges of stride 4
+    for sample in drafts:
+        path = path_to_root(tree, sample.node)[:-2]
+        assert tree.stride[path].tolist() == [4, 4, 4, 4]
+        assert np.isnan(tree.eta[path]).all(), "a draft steps as the user's own scheduler"
+    # The first greedy rollout goes on from the state a quarter down the best of them.
+    best = max(drafts, key=lambda sample: sample.reward)
+    state = path_to_root(tree, best.node)[-3]
+    assert tree.step_index[state] == 4
+    assert len(tree.children(state)) > 1
+    assert all(len(tree.children(node)) == 1 for node in tree.children(ROOT)[:12])
+
+
+def test_a_share_that_pays_for_one_draft_at_most_drafts_none() -> None:
+    (result,) = search(MCTD(draft_share=0.2), small_environment(1, 16), nfe=20)
+    assert result.finished[0].nfe_when_found > 4
 
 
 def test_values_below_a_node_decide_where_the_search_goes_on() -> None:

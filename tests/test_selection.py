@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from mctd_diffusers.search.selection import (
     best_first,
     calibrated,
-    halving_rounds,
     min_max,
     uct_scores,
 )
@@ -79,12 +77,3 @@ def test_estimates_are_shifted_by_what_siblings_turned_out_to_be() -> None:
 
 def test_best_first_keeps_the_order_of_equals() -> None:
     assert best_first(np.array([1.0, 3.0, 3.0, 2.0])).tolist() == [1, 2, 3, 0]
-
-
-@given(st.integers(0, 300), st.integers(1, 4), st.integers(1, 5))
-def test_halving_spends_no_more_than_its_share(share: int, least: int, rounds: int) -> None:
-    sizes = halving_rounds(share, least, rounds)
-    assert len(sizes) == rounds
-    assert sum(sizes) <= max(share, least * rounds)
-    assert all(after >= max(before // 2, least) for before, after in pairwise(sizes))
-    assert sizes == sorted(sizes, reverse=True)

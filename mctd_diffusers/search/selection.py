@@ -78,17 +78,3 @@ def calibrated(value: Values, outcome: Values) -> Values:
 def best_first(values: Values) -> npt.NDArray[np.int64]:
     """Positions from the highest value to the lowest; the first of equals comes first."""
     return np.argsort(-values, kind="stable")
-
-
-def halving_rounds(share: int, least: int, rounds: int) -> list[int]:
-    """Sizes of the rounds of successive halving (Karnin et al., 2013) that ``share`` looks pay for.
-
-    Every round looks once at each survivor and halves them; none goes below ``least``.
-
-    >>> halving_rounds(28, 1, 3)
-    [16, 8, 4]
-    """
-    first = max(least, share)
-    while first > least and sum(max(first >> r, least) for r in range(rounds)) > share:
-        first -= 1
-    return [max(first >> r, least) for r in range(rounds)]

@@ -1,20 +1,22 @@
-"""MCTD: Monte Carlo tree search over stored states of greedy rollouts, in waves.
+"""MCTD: Monte Carlo tree search over stored states of coarse and greedy rollouts, in waves.
 
 After Yoon et al. (2025, MCTD, arXiv 2502.07202) and its parallel and sparse forms (arXiv
-2506.09498), with what was measured on exact-score mixtures: the simulation is a *greedy rollout*
-(on each edge the best of several children by the value of their denoised estimate), every evaluated
-state of it stays in the tree to be resumed, long strides are used where little budget is left, and
-the summed log of candidates along a path is bounded.
+2506.09498), with what was measured on exact-score mixtures and on the model in the box.
 
-Until the budget is spent:
+First *draft* (S-MCTD): a share of the budget goes into new initial noises, each finished by a
+coarse rollout, four edges or so, scored in full and backed up. Every state is stored.
+
+Then, until the budget is spent:
 
 1. select: descend from the root by UCT among the stored children of each node (those without a
    finished sample below count with their calibrated estimate), until a node may be widened by the
    law of progressive widening, or was not visited before; count the visit as under way;
-   ``wave_size`` times on one snapshot of the tree;
-2. simulate: greedy rollouts from the selected nodes, side by side; from the root they begin by
-drawing
-   new initial noise;
+   ``wave_size`` times on one snapshot of the tree. The first wave is one rollout, from the state a
+   quarter down the best draft;
+2. simulate: *greedy rollouts* from the selected nodes, side by side: on each edge the best of
+   several children by the value of their denoised estimate, with long strides where little budget
+   is left, and a bound on the summed log of candidates; from the root they begin by drawing new
+   initial noise;
 3. evaluate: finished samples are decoded in full and scored;
 4. back up: every reward is added along its path. The visits of a node are the backups through it,
    whatever the wave.
@@ -32,6 +34,7 @@ import numpy as np
 
 from mctd_diffusers.errors import ConfigError, ScheduleError
 from mctd_diffusers.search.backups import BackupFn, max_backup, mean_backup, soft_backup
+from mctd_diffusers.search.budget import UNLIMITED
 from mctd_diffusers.search.environment import Asks, Values
 from mctd_diffusers.search.moves import (
     denoise,
@@ -46,12 +49,11 @@ from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.selection import (
     best_first,
     calibrated,
-    halving_rounds,
     min_max,
     uct_scores,
 )
 from mctd_diffusers.search.settings import check_setting
-from mctd_diffusers.search.strides import Plan, StridePolicy, plan_rollout
+from mctd_diffusers.search.strides import Plan, StridePolicy, constant_strides, plan_rollout
 from mctd_diffusers.search.tree import (
     ROOT,
     Tree,
@@ -63,6 +65,7 @@ from mctd_diffusers.search.tree import (
 from mctd_diffusers.search.widening import may_widen_progressively
 
 _BACKUPS: Final = ("max", "mean", "soft")
+_DRAFTS_AT_ONCE: Final = 16  # in one call of each kind, and where no budget bounds their number
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,11 @@ class MCTD:
             ``"constant"``.
         edge_gain: how the gain of a rollout grows with its number of selections (exponent, 0 to
             0.5): lower takes fewer edges with more candidates.
-        first_share: share of the budget that the first rollout may spend; the waves after it spend
-            the same share of what is left, in rollouts from stored states.
-        wave_size: rollouts that run side by side on one snapshot of the tree.
-        seed_share: share of the budget for drawing initial noises, halved by value as they are
-            denoised; 0 leaves the choice among draws to the first edge of a rollout.
+        draft_share: share of the budget for drafts; 0 leaves the choice among initial noises to the
+            first edge of a greedy rollout.
+        first_share: share of what the drafts leave that the first greedy rollout may spend; the
+            waves after it spend the same share of what is left, in rollouts from stored states.
+        wave_size: greedy rollouts that run side by side on one snapshot of the tree.
         exploration: weight of the UCT bonus on values that are min-max normalised among siblings.
         widening_constant: a node may have ``widening_constant * visits ** widening_exponent``
             children.
@@ -99,9 +102,9 @@ class MCTD:
     strides: tuple[int, ...] = (1, 2, 4, 8)
     stride_policy: StridePolicy = "coarse_to_fine"
     edge_gain: float = 0.4
+    draft_share: float = 0.6
     first_share: float = 0.9
     wave_size: int = 2
-    seed_share: float = 0.0
     exploration: float = 0.2
     widening_constant: float = 2.0
     widening_exponent: float = 0.5
@@ -116,7 +119,7 @@ class MCTD:
             check_setting("candidates", self.candidates, 1, whole=True)
         for name in ("wave_size", "finish"):
             check_setting(name, getattr(self, name), 1, whole=True)
-        for name in ("edge_gain", "first_share", "seed_share", "branch_eta", "widening_exponent"):
+        for name in ("edge_gain", "draft_share", "first_share", "branch_eta", "widening_exponent"):
             check_setting(name, getattr(self, name), 0, 1)
         for name in ("exploration", "widening_constant", "brake_nats", "temperature"):
             check_setting(name, getattr(self, name), 0)
@@ -148,12 +151,13 @@ class MCTD:
 
     def search(self, problem: Problem) -> Asks:
         """Waves of simulations until the budget pays for none."""
-        start = (yield from self._seed(problem)) if self.seed_share else ROOT
-        wave = self._first_wave(problem, start)
-        if not wave:  # the account pays for a sample, but not for valuing what would choose it
-            nodes = yield from draw(problem, 1)
-            for leaf in (yield from finish_plainly(problem, nodes)):
-                backup(problem.tree, leaf, float(problem.tree.reward[leaf]))
+        drafted = yield from self._draft(problem)
+        wave = self._first_wave(problem, drafted) or self._first_wave(problem, ROOT)
+        if not wave:
+            if drafted == ROOT:  # the account pays for a sample, not for valuing to choose it by
+                nodes = yield from draw(problem, 1)
+                for leaf in (yield from finish_plainly(problem, nodes)):
+                    backup(problem.tree, leaf, float(problem.tree.reward[leaf]))
             return "budget"
         standard = _standard(problem, *wave[0])
         while wave:
@@ -170,24 +174,48 @@ class MCTD:
             wave = self._select_wave(problem, standard)
         return "budget"
 
-    # ---- 0. seed
+    # ---- 0. draft
 
-    def _seed(self, problem: Problem) -> Asks:
-        """Draw initial noises and halve them by value over the first third of the schedule.
+    def _draft(self, problem: Problem) -> Asks:
+        """Finish new initial noises by coarse rollouts.
 
         Returns:
-            The node of the best survivor; the root where the share pays for one draw only.
+            The node a quarter down the best draft; the root where the share pays for one at most.
         """
-        share = int(self.seed_share * problem.account.nfe_left)
-        sizes = halving_rounds(share, 1, max(1, min(4, problem.num_steps // 3)))
-        if sizes[0] < 2:
+        tree = problem.tree
+        strides = constant_strides(problem.num_steps, max(self._usable_strides(problem)))
+        count = self._num_drafts(problem, len(strides))
+        if count < 2:
             return ROOT
-        nodes = yield from draw(problem, sizes[0])
-        nodes = yield from self._tried(problem, nodes)
-        for size in sizes[1:]:
-            nodes = yield from step(problem, nodes[:size], stride=1, eta=self.branch_eta)
-            nodes = yield from self._tried(problem, nodes)
-        return nodes[0]
+        for first in range(0, count, _DRAFTS_AT_ONCE):
+            nodes = yield from draw(problem, min(_DRAFTS_AT_ONCE, count - first))
+            for stride in strides:
+                yield from denoise(problem, nodes)
+                nodes = yield from step(problem, nodes, stride=stride, eta=None)
+            yield from reward(problem, nodes)
+            for leaf in nodes:
+                backup(tree, leaf, float(tree.reward[leaf]))
+        node = _best_child(tree, ROOT)
+        while 4 * tree.step_index[node] < problem.num_steps:
+            child = _best_child(tree, node)
+            if tree.step_index[child] == problem.num_steps:
+                break
+            node = child
+        return node
+
+    def _num_drafts(self, problem: Problem, edges: int) -> int:
+        """Drafts that their share of the budget pays for."""
+        account = problem.account
+        if account.nfe_left == UNLIMITED:
+            return _DRAFTS_AT_ONCE if self.draft_share else 0
+        count = int(self.draft_share * account.nfe_left) // edges
+        while count and not account.affords(account.price(nfe=count * edges, rewards=count)):
+            count -= 1
+        return count
+
+    def _usable_strides(self, problem: Problem) -> tuple[int, ...]:
+        """The strides without those that leave the data."""
+        return tuple(k for k in self.strides if k == 1 or 4 * k <= problem.num_steps)
 
     # ---- 1. select
 
@@ -196,7 +224,8 @@ class MCTD:
         left = self._nfe_left(problem, 1)
         share = math.ceil(self.first_share * left)
         plan = self._plan(problem, start, share) or self._plan(problem, start, left)
-        return [] if plan is None else [(start, plan)]
+        # Without evaluations it would finish the same sample as the draft.
+        return [] if plan is None or not _nfe(start, plan) else [(start, plan)]
 
     def _select_wave(self, problem: Problem, standard: _Standard) -> list[tuple[int, Plan]]:
         """Nodes to simulate from on this snapshot of the tree, with the plan of each.
@@ -291,7 +320,7 @@ class MCTD:
             plan = plan_rollout(
                 problem.num_steps - max(int(tree.step_index[start]), 0),
                 budget,
-                allowed=tuple(k for k in self.strides if k == 1 or 4 * k <= problem.num_steps),
+                allowed=self._usable_strides(problem),
                 policy=self.stride_policy,
                 brake_nats=max(self.brake_nats - _nats(tree, start), 0.0),
                 edge_gain=self.edge_gain,
@@ -346,6 +375,11 @@ def _standard(problem: Problem, start: int, plan: Plan) -> _Standard:
     """The first rollout as a standard."""
     done = max(int(problem.tree.step_index[start]), 0)
     return _Standard(tuple(done + end for end in accumulate(plan.strides)), plan.candidates[0])
+
+
+def _best_child(tree: Tree, node: int) -> int:
+    """The child with the best reward below it, the first of equals."""
+    return max(tree.children(node), key=lambda child: tree.max_value[child])
 
 
 def _nfe(start: int, plan: Plan) -> int:
