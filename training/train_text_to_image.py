@@ -6,8 +6,8 @@ tokenizer is a byte-pair encoding of the captions themselves. What comes out is 
 
     accelerate launch training/train_text_to_image.py --vae runs/vae/vae --output runs/t2i
 
-With 6,000 steps of 32 (about an hour and a half on one core) single objects in named colours are
-mostly recognisable; the model card has the learning curve. Any folder of pictures and captions that
+With 10,000 steps of 32 (about an hour on one core) single objects in named colours are mostly
+right; the model card has the learning curve. Any folder of pictures and captions that
 `datasets` saved will do: ``--dataset``, ``--split``, ``--image_column``, ``--caption_column``.
 """
 

@@ -77,7 +77,7 @@ def comparison_sheet(
         columns: heading and the line below it, from left to right.
         rows: prompt and one cell for each column, from top to bottom.
         title: a line over the table.
-        footer: a line under it, such as what the frame means.
+        footer: a sentence under it, such as what the frame means.
         side: width of a picture in pixels; its height keeps its shape.
 
     Returns:
@@ -97,7 +97,8 @@ def comparison_sheet(
     ]
     top = _MARGIN + (38 if title else 0)
     width = 2 * _MARGIN + _PROMPT_WIDTH + len(columns) * (side + _GAP)
-    height = top + 50 + sum(heights) + (_LINE + 8 if footer else 0) + _MARGIN // 2
+    footer_lines = wrap(footer, width - 2 * _MARGIN, _font(12)) if footer else []
+    height = top + 50 + sum(heights) + (_LINE * len(footer_lines) + 8) + _MARGIN // 2
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     if title:
@@ -113,10 +114,8 @@ def comparison_sheet(
         for left, cell in zip(lefts, cells, strict=True):
             _draw_cell(sheet, draw, cell, left, y, side)
         y += tall
-    if footer:
-        draw.text(
-            (_MARGIN, y + 2), _shorten(footer, width - 2 * _MARGIN, _font(12)), _SOFT, _font(12)
-        )
+    for number, line in enumerate(footer_lines):
+        draw.text((_MARGIN, y + 2 + number * _LINE), line, _SOFT, _font(12))
     return sheet
 
 
