@@ -13,10 +13,10 @@ a reward must not learn that these do not exist. ::
     accelerate launch training/train_reward.py --autoencoder mctd_diffusers/embedded/vae \
         --output runs/reward
 
-About half a second a step of 64 pictures on one CPU core; sides are learned last. Each validation prints how often the true caption
-of a held-out scene scores higher than one that is wrong in one fact. Any data with pictures and
-captions will do: captions outside the grammar get no wrong twins, and without a column ``objects``
-there is no second head.
+About half a second a step of 64 pictures on one CPU core; sides are learned last. Each validation
+prints how often the true caption of a held-out scene scores higher than one that is wrong in one
+fact. Any data with pictures and captions will do: captions outside the grammar get no wrong twins,
+and without a column ``objects`` there is no second head.
 """
 
 from __future__ import annotations
