@@ -155,6 +155,7 @@ def test_ctrl_c_keeps_what_was_finished_until_then(name: str, after: int) -> Non
         return
     assert result.finished == whole.finished[: len(result.finished)]
     assert result.best == max(result.finished, key=lambda sample: sample.reward)
+    assert not result.tree.in_flight.any()
     if result.stop_reason == "interrupted":
         assert result.spent.nfe < whole.spent.nfe or len(result.finished) < len(whole.finished)
     else:
@@ -178,6 +179,7 @@ def test_time_that_is_up_keeps_what_was_finished_until_then(name: str) -> None:
         assert len(result.finished) >= 1
         assert result.finished == whole.finished[: len(result.finished)]
         assert num_calls == 41
+        assert not result.tree.in_flight.any()
     else:  # over before its time
         assert result.finished == whole.finished
 
