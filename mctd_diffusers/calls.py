@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from mctd_diffusers.search.environment import FIRST_DRAW, Asks, Ledger, Prices
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.runner import Finished, SearchResult, Strategy
 from mctd_diffusers.search.seeding import root_seed_of
+from mctd_diffusers.search.settings import is_number
 from mctd_diffusers.search.strategies import BestOfN, resolve_strategy
 from mctd_diffusers.search.tree import STEP, path_to_root
 
@@ -103,16 +103,12 @@ def check_options(options: SearchOptions) -> None:
 
 def _is_finite(given: Any) -> bool:
     """Whether what a user gave is a finite number."""
-    return (
-        not isinstance(given, bool)
-        and isinstance(given, numbers.Real)
-        and math.isfinite(float(given))
-    )
+    return is_number(given) and math.isfinite(given)
 
 
 def _is_count(given: Any) -> bool:
     """Whether what a user gave is a whole number of at least 1."""
-    return not isinstance(given, bool) and isinstance(given, numbers.Integral) and int(given) >= 1
+    return is_number(given, 1, whole=True)
 
 
 def check_stock(stock: dict[str, Any]) -> None:
@@ -426,16 +422,12 @@ def call_budgets(
     least_nfe = strategy.least_nfe(num_steps)
     least = account.price(nfe=least_nfe, rewards=1)
     if not account.affords(plain + least):
-        needed, given = [f"{num_steps} + {least_nfe} NFE"], []
-        if budget.nfe is not None:
-            given.append(f"{budget.nfe} NFE")
+        needed = [f"{num_steps} + {least_nfe} NFE"]
         if budget.cost is not None:
-            given.append(f"{budget.cost:g} row-equivalents")
             needed.append(f"{account.prices.cost(plain + least):.4g} row-equivalents in all")
         raise BudgetError(
-            f"a budget of {' and '.join(given)} cannot pay for the plain sample and one of "
-            f"{strategy.name!r}, which need {' and '.join(needed)}: raise the budget, or leave "
-            "include_plain out"
+            f"{budget} cannot pay for the plain sample and one of {strategy.name!r}, which need "
+            f"{' and '.join(needed)}: raise the budget, or leave include_plain out"
         )
     if budget.cost is not None:
         budget = replace(budget, cost=budget.cost - account.prices.cost(plain))

@@ -349,4 +349,4 @@ def test_strategies_are_values(name: str) -> None:
     assert one == other
     assert hash(one) == hash(other)
     with pytest.raises(AttributeError, match="cannot assign"):
-        one.anything = 1  # type: ignore[attr-defined]
+        one.anything = 1  # type: ignore[attr-defined]  # that is what is refused

@@ -81,7 +81,7 @@ class CountingEnvironment(MixtureEnvironment):
     """Counts by itself what it is asked, to check the ledger and the waves against."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # passed on as they came
         self.sizes: list[tuple[str, int]] = []
 
     def denoise(self, handles: Handles) -> None:

@@ -9,6 +9,17 @@ from typing import Any
 from mctd_diffusers.errors import ConfigError
 
 
+def is_number(
+    given: Any, low: float = -math.inf, high: float = math.inf, *, whole: bool = False
+) -> bool:
+    """Whether what a user gave is a number from ``low`` to ``high`` (``whole``: an integer).
+
+    No bool is one, and NaN lies nowhere; numpy's numbers are as good as Python's.
+    """
+    kind = numbers.Integral if whole else numbers.Real
+    return not isinstance(given, bool) and isinstance(given, kind) and bool(low <= given <= high)
+
+
 def check_setting(
     name: str, given: Any, low: float, high: float = math.inf, *, whole: bool = False
 ) -> None:
@@ -18,14 +29,13 @@ def check_setting(
         name: of the setting.
         given: what the user set.
         low: least that works.
-        high: most that works; infinity for no bound, which may be given where ``whole`` is not set.
+        high: most that works; infinity for no bound, which may then be given itself.
         whole: whether it must be an integer.
 
     Raises:
         ConfigError: names the setting, what was given and what works.
     """
-    kind = numbers.Integral if whole else numbers.Real
-    if not isinstance(given, bool) and isinstance(given, kind) and low <= float(given) <= high:
+    if is_number(given, low, high, whole=whole):
         return
     form = "a whole number" if whole else "a number"
     bounds = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
