@@ -16,7 +16,7 @@ def is_number(
 
     No bool is one, and NaN lies nowhere; numpy's numbers are as good as Python's.
     """
-    kind = numbers.Integral if whole else numbers.Real
+    kind: Any = numbers.Integral if whole else numbers.Real  # whose order has no types
     return not isinstance(given, bool) and isinstance(given, kind) and bool(low <= given <= high)
 
 
