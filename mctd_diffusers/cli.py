@@ -17,7 +17,7 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -186,7 +186,8 @@ def parse_search(text: str) -> tuple[str, Any]:
             chosen[key] = _read_setting(value, kinds[key])
         except ValueError as error:
             raise ConfigError(f"search {text!r}: {key} is {error}") from None
-    return text, type(strategy)(**chosen)
+    base: Any = strategy  # a dataclass, as the settings found in it say
+    return text, replace(base, **chosen)
 
 
 def _read_setting(text: str, kind: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The search algorithms, one file each, and the table of their names."""
+"""The search algorithms, one file each, and the tables of their names and published settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mctd_diffusers.search.strategies.beam import Beam
 from mctd_diffusers.search.strategies.best_of_n import BestOfN
 from mctd_diffusers.search.strategies.mctd import MCTD
 
-__all__ = ["MCTD", "STRATEGIES", "Beam", "BestOfN", "resolve_strategy"]
+__all__ = ["MCTD", "PRESETS", "STRATEGIES", "Beam", "BestOfN", "resolve_strategy"]
 
 STRATEGIES: Final[dict[str, type[Strategy]]] = {
     "best_of_n": BestOfN,
@@ -20,6 +20,12 @@ STRATEGIES: Final[dict[str, type[Strategy]]] = {
 }
 """Name of a search -> its class, whose defaults are the search of that name."""
 
+PRESETS: Final[dict[str, Strategy]] = {
+    "svdd": Beam(),
+    "code": Beam(block=5),
+}
+"""Published name -> the search with the settings that are that method."""
+
 
 def resolve_strategy(search: str | Strategy) -> Strategy:
     """The strategy of a name, or the strategy itself.
@@ -27,19 +33,25 @@ def resolve_strategy(search: str | Strategy) -> Strategy:
     Raises:
         ConfigError: no search has that name, or the object is no strategy.
     """
+    names = sorted((*STRATEGIES, *PRESETS))
     if isinstance(search, str):
         if search in STRATEGIES:
             return STRATEGIES[search]()
-        near = difflib.get_close_matches(search.lower().replace("-", "_"), STRATEGIES, 1, 0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"no search is named {search!r}; {hint}the names are {', '.join(sorted(STRATEGIES))}."
-        )
+        if search in PRESETS:
+            return PRESETS[search]
+        near = difflib.get_close_matches(_plain(search), {_plain(name) for name in names}, 1, 0.4)
+        hint = "".join(f"did you mean {name!r}? " for name in names if _plain(name) in near)
+        raise ConfigError(f"no search is named {search!r}; {hint}the names are {', '.join(names)}.")
     if isinstance(search, type) or not all(
         hasattr(search, part) for part in ("name", "least_nfe", "search")
     ):
         raise ConfigError(
-            f"search is {search!r}; give a name ({', '.join(sorted(STRATEGIES))}) or a strategy "
-            "object such as BestOfN(n=4)."
+            f"search is {search!r}; give a name ({', '.join(names)}) or a strategy object such as "
+            "BestOfN(n=4)."
         )
     return search
+
+
+def _plain(name: str) -> str:
+    """A name as people misspell it."""
+    return name.lower().replace("-", "_").replace(" ", "_")
