@@ -195,14 +195,12 @@ class Prepared:
         network: conditioned on every image.
         decoder: decodes finished samples.
         preview: decodes unfinished ones; ``None`` where there is no preview decoder.
-        free_guidance: whether guidance is arithmetic on the network's outputs.
         first_latents: initial noise of each image, by the stock ``prepare_latents``.
     """
 
     network: Network
     decoder: Decoder
     preview: Decoder | None
-    free_guidance: bool
     first_latents: Float[Tensor, "images channels height width"]
 
 
@@ -232,8 +230,8 @@ class _Folded:
     def __call__(self, latents: Tensor, timesteps: Tensor, problems: Sequence[int]) -> Outputs:
         return self.network(latents, timesteps, [problem % self.images for problem in problems])
 
-    def combine(self, outputs: Outputs) -> Tensor:
-        return self.network.combine(outputs)
+    def combine(self, outputs: Outputs, guidance: float | None = None) -> Tensor:
+        return self.network.combine(outputs, guidance)
 
 
 @dataclass(frozen=True)
@@ -333,7 +331,7 @@ class World:
                 budget=budget,
                 prices=self.prices,
                 rows_per_nfe=self.prepared.network.rows_per_latent,
-                free_guidance=self.prepared.free_guidance,
+                free_guidance=self.environment.free_guidance,
                 value_spends=value_spends,
             )
             for i in range(len(latents))

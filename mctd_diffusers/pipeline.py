@@ -723,10 +723,11 @@ class MCTDPipeline(DiffusionPipeline):
             nfe=environment.ledger.total.nfe,
         )
         if previews:
-            evaluated = np.concatenate(path[:-1])
-            shown, _ = self._check_safety(environment.previews(evaluated))
+            places = _evaluated_places(moves, stepper.num_steps)
+            handles = np.concatenate([path[place] for place in places])
+            shown, _ = self._check_safety(environment.previews(handles))
             output.previews = self._postprocess(shown, "pil")
-            output.step_indices = step_indices(moves)[:-1]
+            output.step_indices = [step_indices(moves)[place] for place in places]
         self.maybe_free_model_hooks()
         return output
 
@@ -844,22 +845,36 @@ def _restore_reward(folder: Path, entry: Any) -> RewardFn:
 
 
 def _retrace(environment: LatentEnvironment, moves: Sequence[dict[str, Any]]) -> list[Handles]:
-    """Make the samples along a path again; evaluates every one but the last."""
+    """Make the samples along a path again; evaluates those alone that it needs."""
+    evaluated = _evaluated_places(moves, environment.num_steps)
     path: list[Handles] = []
-    for move in moves:
+    for place, move in enumerate(moves):
         seeds = np.array([move["seed"]], dtype=np.int64)
         if move["move"] == "draw":
             handles = environment.reset(np.zeros(1, dtype=np.int64), seeds)
         else:
             parent = path[-1]
-            environment.denoise(parent)
+            if place - 1 in evaluated:
+                environment.denoise(parent)
             if move["move"] == "step":
-                action = Action(move["stride"], move["eta"])
+                action = Action(move["stride"], move["eta"], move.get("guidance"))
                 handles = environment.step(parent, [action], seeds)
+            elif move["move"] == "perturb":
+                handles = environment.perturb(parent, np.array([move["strength"]]), seeds)
             else:
                 handles = environment.renoise(parent, move["step_index"], seeds)
         path.append(handles)
     return path
+
+
+def _evaluated_places(moves: Sequence[dict[str, Any]], num_steps: int) -> list[int]:
+    """Which samples of a path the next move needs evaluated: neither varied ones nor finished."""
+    indices = step_indices(moves)
+    return [
+        place
+        for place, move in enumerate(moves[1:])
+        if move["move"] != "perturb" and indices[place] < num_steps
+    ]
 
 
 def _check_length(moves: Sequence[dict[str, Any]], num_steps: int) -> None:

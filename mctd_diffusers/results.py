@@ -28,14 +28,16 @@ from torch import Tensor
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.environment import Counts, Ledger, Prices
 from mctd_diffusers.search.runner import Finished, SearchResult
-from mctd_diffusers.search.tree import DRAW, RENOISE, STEP, Tree, path_to_root
+from mctd_diffusers.search.tree import DRAW, PERTURB, RENOISE, STEP, Tree, path_to_root
 
 logger = logging.getLogger(__name__)
 
 Recipe: TypeAlias = dict[str, Any]
 """JSON-able; see `RECIPE_VERSION` and `ImageSearch.recipe`."""
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
+RECIPE_VERSIONS = (1, 2)
+"""Those that a replay reads; version 1 knew no guidance of single edges and no perturbation."""
 RECIPE_KEY = "mctd_recipe"
 """Name of the text chunk of a PNG file that holds the recipe."""
 RECIPE_ARGUMENTS = (
@@ -77,7 +79,7 @@ RECIPE_ENTRIES = (
 )
 """What a replay reads of a recipe, beside its version and pipeline."""
 
-MOVE_NAMES = {DRAW: "draw", STEP: "step", RENOISE: "renoise"}
+MOVE_NAMES = {DRAW: "draw", STEP: "step", RENOISE: "renoise", PERTURB: "perturb"}
 
 
 class Sample(NamedTuple):
@@ -100,9 +102,10 @@ def moves_to(tree: Tree, node: int) -> list[dict[str, Any]]:
     """The moves from the root of ``tree`` to ``node``, as plain data.
 
     Returns:
-        One dict a move: ``move`` (``"draw"``, ``"step"`` or ``"renoise"``), ``seed``, and for a
-        step its ``stride`` and ``eta`` (``None``: as the user's own scheduler), for a renoising the
-        ``step_index`` it goes back to.
+        One dict a move: ``move`` (``"draw"``, ``"step"``, ``"renoise"`` or ``"perturb"``),
+        ``seed``, and for a step its ``stride``, ``eta`` (``None``: as the user's own scheduler) and
+        ``guidance`` (``None``: the call's own), for a renoising the ``step_index`` it goes back to,
+        for a perturbation its ``strength``.
     """
     moves = []
     for row in reversed(path_to_root(tree, node)[:-1]):
@@ -111,12 +114,22 @@ def moves_to(tree: Tree, node: int) -> list[dict[str, Any]]:
             "seed": int(tree.seed[row]),
         }
         if tree.move[row] == STEP:
-            eta = float(tree.eta[row])
-            move |= {"stride": int(tree.stride[row]), "eta": None if np.isnan(eta) else eta}
+            move |= {
+                "stride": int(tree.stride[row]),
+                "eta": _number_or_none(tree.eta[row]),
+                "guidance": _number_or_none(tree.guidance[row]),
+            }
         elif tree.move[row] == RENOISE:
             move["step_index"] = int(tree.step_index[row])
+        elif tree.move[row] == PERTURB:
+            move["strength"] = float(tree.eta[row])
         moves.append(move)
     return moves
+
+
+def _number_or_none(entry: np.float64) -> float | None:
+    """What an entry of a column says, where NaN says nothing."""
+    return None if np.isnan(entry) else float(entry)
 
 
 @dataclass
@@ -522,6 +535,7 @@ _MOVE_ENTRIES = {
     "draw": {"seed"},
     "step": {"seed", "stride", "eta"},
     "renoise": {"seed", "step_index"},
+    "perturb": {"seed", "strength"},
 }
 """What a move says beside its name, see `moves_to`."""
 
@@ -547,10 +561,10 @@ def check_recipe(recipe: Any, pipeline: str) -> None:
             f"the recipe is a {type(recipe).__name__}: pass out.search[0].recipe, or "
             "read_recipe('picture.png')"
         )
-    if recipe.get("version") != RECIPE_VERSION:
+    if recipe.get("version") not in RECIPE_VERSIONS:
         raise ConfigError(
-            f"the recipe is of version {recipe.get('version')!r}, this package replays version "
-            f"{RECIPE_VERSION}: make it again"
+            f"the recipe is of version {recipe.get('version')!r}, this package replays versions "
+            f"{' and '.join(map(str, RECIPE_VERSIONS))}: make it again"
         )
     if recipe.get("pipeline") != pipeline:
         raise ConfigError(
@@ -637,6 +651,8 @@ def step_indices(moves: Sequence[dict[str, Any]]) -> list[int]:
     for move in moves:
         if move["move"] == "step":
             indices.append(indices[-1] + move["stride"])
+        elif move["move"] == "perturb":
+            indices.append(indices[-1])
         else:
             indices.append(move.get("step_index", 0))
     return indices

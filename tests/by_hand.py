@@ -11,6 +11,7 @@ import numpy as np
 from mctd_diffusers.evaluation.ground_truth import MixtureEnvironment
 from mctd_diffusers.search.environment import (
     Denoise,
+    Perturb,
     Release,
     Renoise,
     Reply,
@@ -88,6 +89,8 @@ def answer(request: Request, environment: MixtureEnvironment, problem: int) -> A
             return environment.reward(handles)
         case Renoise(handles, step_index, seeds):
             return environment.renoise(handles, step_index, seeds)
+        case Perturb(handles, strength, seeds):
+            return environment.perturb(handles, np.full(len(handles), strength), seeds)
         case Release(handles):
             return environment.release(handles)
 
@@ -116,7 +119,7 @@ def assert_same_columns(
     """Whole numbers and truths must be equal, measured ones agree to nine digits."""
     assert one.keys() == other.keys()
     for name in one.keys() - set(but):
-        if name in {"eta", "total_value", "max_value", "value", "reward"}:
+        if name in {"eta", "guidance", "total_value", "max_value", "value", "reward"}:
             left, right = (np.array(column[name], dtype=np.float64) for column in (one, other))
             np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-9, err_msg=name)
         else:

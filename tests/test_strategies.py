@@ -19,7 +19,7 @@ from mctd_diffusers.evaluation.ground_truth import (
     subspace_environment,
 )
 from mctd_diffusers.search.budget import Budget
-from mctd_diffusers.search.environment import Action, Denoise, Renoise, Reset, Step
+from mctd_diffusers.search.environment import Action, Denoise, Perturb, Renoise, Reset, Step
 from mctd_diffusers.search.runner import Strategy, run_search
 from mctd_diffusers.search.strategies import MCTD, STRATEGIES, Beam, BestOfN, resolve_strategy
 from mctd_diffusers.search.tree import (
@@ -201,7 +201,8 @@ def test_a_search_goes_on_from_its_log_and_its_saved_samples(
     (cut,) = problems_of(environment, Budget(nfe=nfe))
     done = list(islice(step_by_hand(strategy, cut, environment), int(share * length)))
     log = [reply for _, reply in done]
-    new = [reply.result for request, reply in done if isinstance(request, Reset | Step | Renoise)]
+    lazy = Reset | Step | Renoise | Perturb
+    new = [reply.result for request, reply in done if isinstance(request, lazy)]
     handles = np.concatenate([np.empty(0, dtype=np.int64), *new])
     saved = environment.export(handles)
 

@@ -36,8 +36,8 @@ from mctd_diffusers.search.tree import (
 from tests.strategies import rewards, trees
 
 COLUMNS = (
-    "parent handle step_index stride eta seed move depth visit_count in_flight total_value "
-    "max_value value reward evaluated live"
+    "parent handle step_index stride eta guidance seed move depth visit_count in_flight "
+    "total_value max_value value reward evaluated live"
 ).split()
 
 

@@ -58,10 +58,11 @@ class GuidedUNet:
         unconditional, conditional = output.chunk(2)
         return Outputs(conditional, unconditional)
 
-    def combine(self, outputs: Outputs) -> Tensor:
+    def combine(self, outputs: Outputs, guidance: float | None = None) -> Tensor:
         assert outputs.unconditional is not None
         self.combined.append(len(outputs.conditional))
-        return outputs.unconditional + self.scale * (outputs.conditional - outputs.unconditional)
+        scale = self.scale if guidance is None else guidance
+        return outputs.unconditional + scale * (outputs.conditional - outputs.unconditional)
 
 
 class PlainUNet:
@@ -76,5 +77,6 @@ class PlainUNet:
         embeds = self.embeds[list(problems)]
         return Outputs(self.unet(latents, timesteps, encoder_hidden_states=embeds).sample, None)
 
-    def combine(self, outputs: Outputs) -> Tensor:
+    def combine(self, outputs: Outputs, guidance: float | None = None) -> Tensor:
+        assert guidance is None
         return outputs.conditional

@@ -52,6 +52,8 @@ def problems_of(
             root_seed=root_seed_of(environment.first_noise(index).tobytes()),
             budget=budget,
             prices=environment.ledger.prices,
+            rows_per_nfe=environment.rows_per_nfe,
+            free_guidance=environment.free_guidance,
         )
         for index in (range(len(environment.mixtures)) if indices is None else indices)
     ]

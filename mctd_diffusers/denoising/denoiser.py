@@ -206,16 +206,27 @@ class Denoiser:
         outputs = self.network(inputs, timesteps, problems)
         return Evaluation(outputs, self.features.take() if self.features else {})
 
-    def combine(self, outputs: Outputs) -> Float[Tensor, "batch *sample"]:
-        """Guided outputs, in chunks of the same fixed size (guidance may look at whole rows)."""
+    def combine(
+        self, outputs: Outputs, guidances: Sequence[float | None] | None = None
+    ) -> Float[Tensor, "batch *sample"]:
+        """Guided outputs, in chunks of the same fixed size (guidance may look at whole rows).
+
+        Args:
+            outputs: of at least one sample.
+            guidances: scale for each sample; ``None`` is the call's own.
+        """
         conditional, without = outputs
         if without is None:
             return conditional
-        parts = []
-        for chunk in chunks(len(conditional), self.rows_per_call):
-            filled = Outputs(*(chunk.fill(output[chunk.rows]) for output in (conditional, without)))
-            parts.append(self.network.combine(filled)[: chunk.useful])
-        return torch.cat(parts)
+        given = guidances or [None] * len(conditional)
+        combined = torch.empty_like(conditional)
+        for guidance in dict.fromkeys(given):
+            rows = [row for row, other in enumerate(given) if other == guidance]
+            for chunk in chunks(len(rows), self.rows_per_call):
+                filled = Outputs(*(output[chunk.pick(rows)] for output in (conditional, without)))
+                answer = self.network.combine(filled, guidance)
+                combined[rows[chunk.rows]] = answer[: chunk.useful]
+        return combined
 
 
 def _first(evaluation: Evaluation, rows: int) -> Evaluation:

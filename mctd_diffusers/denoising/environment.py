@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mctd_diffusers.denoising.denoiser import Chunk, Denoiser, chunks, synchronize, timed
-from mctd_diffusers.denoising.latents import Drawn, Latents, Renoised, Sample, Stepped
+from mctd_diffusers.denoising.latents import (
+    Drawn,
+    EdgeNoise,
+    Latents,
+    Perturbed,
+    Renoised,
+    Sample,
+    Stepped,
+)
 from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, Network, Outputs
 from mctd_diffusers.denoising.stepper import SolverState, Stepper
 from mctd_diffusers.errors import ConfigError, SearchError
@@ -27,14 +37,15 @@ from mctd_diffusers.search.environment import (
     Seeds,
     Values,
 )
+from mctd_diffusers.search.settings import check_setting, is_number
 
 
 class LatentEnvironment:
     """Samples of many images, denoised by one network; see `search.environment.Environment`.
 
     A sample is evaluated once; from that follow, at no further call, its value and every child.
-    Children, initial noise and renoised samples are lazy: they hold no tensor until they are
-    evaluated, scored or exported. Every network, decode and reward call holds exactly
+    Children, initial noise, renoised and perturbed samples are lazy: they hold no tensor until they
+    are evaluated, scored or exported. Every network, decode and reward call holds exactly
     ``rows_per_call`` latents, so what a sample becomes depends on its own path alone.
 
     Args:
@@ -54,8 +65,6 @@ class LatentEnvironment:
     Raises:
         ConfigError: ``rows_per_call`` is below 1, or prompts and first latents differ in number.
     """
-
-    free_guidance = True
 
     def __init__(
         self,
@@ -88,6 +97,7 @@ class LatentEnvironment:
         self._device = first_latents.device
         self._rows_per_call = rows_per_call
         self._samples = Latents(self._device, storage)
+        self.free_guidance = network.rows_per_latent == 2
 
     def reset(self, problems: Handles, seeds: Seeds) -> Handles:
         """Draw initial noise, as lazy as a child."""
@@ -135,14 +145,21 @@ class LatentEnvironment:
             CapacityError: a handle is not known.
             SearchError: a parent is finished, or not evaluated.
             ScheduleError: a stride does not fit the steps left.
-            ConfigError: an action's ``eta`` is not between 0 and 1.
+            ConfigError: an action's ``eta`` is not between 0 and 1, or its guidance is no number,
+                or there is none to scale.
         """
         samples = self._evaluated(parents)
         children = []
         for parent, action, seed in zip(samples, actions, seeds.tolist(), strict=True):
             self._stepper.check_action(parent.step_index, action)
-            origin = Stepped(parent, action, seed)
-            children.append(Sample(parent.problem, parent.step_index + action.stride, origin))
+            self._check_guidance(action.guidance)
+            target = parent.step_index + action.stride
+            noise = EdgeNoise(
+                self._stepper.noise_std(_state(parent), action),
+                self._stepper.noise_dtype(action, self._first_latents.dtype),
+                seed,
+            )
+            children.append(Sample(parent.problem, target, Stepped(parent, action, seed), noise))
         return self._samples.add(children)
 
     def step_price(self, parents: Handles, actions: Sequence[Action]) -> Counts:
@@ -191,11 +208,35 @@ class LatentEnvironment:
             ScheduleError: ``step_index`` is not in the schedule.
         """
         samples = self._clean(handles)
-        self._stepper.initial_state(step_index)  # refuses what is not in the schedule
+        std, dtype = self._stepper.renoise_std(step_index), self._first_latents.dtype
         return self._samples.add(
-            Sample(source.problem, step_index, Renoised(source, seed))
+            Sample(source.problem, step_index, Renoised(source, seed), EdgeNoise(std, dtype, seed))
             for source, seed in zip(samples, seeds.tolist(), strict=True)
         )
+
+    def perturb(self, handles: Handles, strengths: Values, seeds: Seeds) -> Handles:
+        """Variants of unfinished samples with fresh noise mixed into that of their last edges.
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: a sample is finished, or came by an edge without noise.
+            ConfigError: a strength is not between 0 and 1.
+        """
+        samples = self._samples[handles]
+        is_finished = [sample.step_index == self.num_steps for sample in samples]
+        self._refuse(handles, is_finished, "is finished; perturb it before its last edge.")
+        is_plain = [sample.noise is not None and sample.noise.std == 0 for sample in samples]
+        self._refuse(handles, is_plain, "came by an edge without noise; step with eta above 0.")
+        made = []
+        for source, strength, seed in zip(samples, strengths.tolist(), seeds.tolist(), strict=True):
+            check_setting("strength", strength, 0, 1)
+            noise = source.noise
+            if noise is not None:
+                perturbations = (*noise.perturbations, (strength, seed))
+                noise = replace(noise, perturbations=perturbations)
+            origin = Perturbed(source, strength, seed)
+            made.append(Sample(source.problem, source.step_index, origin, noise))
+        return self._samples.add(made)
 
     @torch.no_grad()
     def export(self, handles: Handles) -> list[dict[str, Any]]:
@@ -255,20 +296,21 @@ class LatentEnvironment:
 
     def _make(self, samples: Sequence[Sample]) -> None:
         """Give lazy samples their latents: by kind of origin, each kind in one go."""
-        lazy = [sample for sample in dict.fromkeys(samples) if sample.latents is None]
-        if not lazy:
-            return
-        sources = [s.origin.source for s in lazy if isinstance(s.origin, Renoised)]
-        self._make(sources)
-        with timed(self.ledger, "step", self._device):
-            for kind, make in (
-                (Drawn, self._draw),
-                (Stepped, self._cross),
-                (Renoised, self._noise_again),
-            ):
-                some = [sample for sample in lazy if isinstance(sample.origin, kind)]
-                if some:
-                    make(some)
+        generations = [_lazy(samples)]  # of samples and their sources, which are made first
+        while generations[-1]:
+            origins = [sample.origin for sample in generations[-1]]
+            generations.append(_lazy([o.source for o in origins if isinstance(o, _HAS_SOURCE)]))
+        for generation in reversed(generations[:-1]):
+            with timed(self.ledger, "step", self._device):
+                for kind, make in (
+                    (Drawn, self._draw),
+                    (Stepped, self._cross),
+                    (Renoised, self._noise_again),
+                    (Perturbed, self._vary),
+                ):
+                    some = [s for s in _lazy(generation) if isinstance(s.origin, kind)]
+                    if some:
+                        make(some)
 
     def _draw(self, samples: Sequence[Sample]) -> None:
         state = self._stepper.initial_state()
@@ -277,7 +319,7 @@ class LatentEnvironment:
             if seed == FIRST_DRAW:
                 latents = self._first_latents[sample.problem]
             else:
-                latents = self._noise([seed])[0] * self._stepper.init_noise_sigma
+                latents = self._initial_noise(seed)[0]
             self._settle([sample], latents[None], [state])
 
     def _cross(self, samples: Sequence[Sample]) -> None:
@@ -285,7 +327,7 @@ class LatentEnvironment:
         parents = [edge.parent for edge in edges]
         latents, states = self._stepper.step(
             self._latents_of(parents),
-            self._guided(parents),
+            self._guided(parents, [edge.action.guidance for edge in edges]),
             [_state(parent) for parent in parents],
             [edge.action for edge in edges],
             [edge.seed for edge in edges],
@@ -303,13 +345,40 @@ class LatentEnvironment:
             latents, states = self._stepper.renoise(clean[rows], step_index, noise[rows])
             self._settle([samples[row] for row in rows], latents, states)
 
-    def _noise(self, seeds: Sequence[int]) -> Tensor:
+    def _vary(self, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            origin = cast(Perturbed, sample.origin)
+            source, strength = origin.source, origin.strength
+            latents = self._latents_of([source])
+            if source.noise is None:
+                fresh = self._initial_noise(origin.seed)
+                varied = _mixed(latents, fresh, strength)
+            else:
+                before = self._injected(source.noise)
+                after = _mixed(before, self._noise([origin.seed], before.dtype), strength)
+                # The difference alone, so that what is not perturbed stays bit for bit.
+                varied = latents + source.noise.std * (after - before)
+            self._settle([sample], varied.to(latents.dtype), [_state(source)])
+
+    def _injected(self, noise: EdgeNoise) -> Tensor:
+        """Standard normal noise of an edge, with what was mixed in since."""
+        mixed = self._noise([noise.seed], noise.dtype)
+        for strength, seed in noise.perturbations:
+            mixed = _mixed(mixed, self._noise([seed], noise.dtype), strength)
+        return mixed
+
+    def _initial_noise(self, seed: int) -> Tensor:
+        """``[1, *sample]`` as the stock pipeline draws and scales it."""
+        return self._noise([seed]) * self._stepper.init_noise_sigma
+
+    def _noise(self, seeds: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """Standard normal noise, each from its own generator on the CPU."""
         shape = self._first_latents.shape[1:]
+        dtype = dtype or self._first_latents.dtype
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         rows = [
             # With a batch axis, as the stock pipeline draws it.
-            torch.randn((1, *shape), generator=generator, dtype=self._first_latents.dtype)
+            torch.randn((1, *shape), generator=generator, dtype=dtype)
             for generator in generators
         ]
         return torch.cat(rows).to(self._device)
@@ -326,14 +395,17 @@ class LatentEnvironment:
     def _latents_of(self, samples: Sequence[Sample]) -> Tensor:
         return self._samples.gather([_made(sample) for sample in samples])
 
-    def _guided(self, samples: Sequence[Sample]) -> Tensor:
+    def _guided(
+        self, samples: Sequence[Sample], guidances: Sequence[float | None] | None = None
+    ) -> Tensor:
         outputs = [_outputs(sample) for sample in samples]
         unconditional = [o.unconditional for o in outputs if o.unconditional is not None]
         return self._denoiser.combine(
             Outputs(
                 self._samples.gather([o.conditional for o in outputs]),
                 self._samples.gather(unconditional) if unconditional else None,
-            )
+            ),
+            guidances,
         )
 
     def _denoised_of(self, samples: Sequence[Sample]) -> Tensor:
@@ -398,6 +470,17 @@ class LatentEnvironment:
         )
 
     # Refusing
+
+    def _check_guidance(self, guidance: float | None) -> None:
+        if guidance is None:
+            return
+        if not self.free_guidance:
+            raise ConfigError(
+                f"Action.guidance is {guidance!r}, but there is nothing to scale: guidance is off, "
+                "or an input of the network; call with guidance_scale above 1, or leave it None."
+            )
+        if not is_number(guidance) or math.isinf(guidance):
+            raise ConfigError(f"Action.guidance is {guidance!r}; give a finite number or None.")
 
     def _finished(self, handles: Handles) -> list[Sample]:
         samples = self._samples[handles]
@@ -486,6 +569,19 @@ def measure_prices(
         )
 
 
+_HAS_SOURCE = (Renoised, Perturbed)
+
+
+def _lazy(samples: Sequence[Sample]) -> list[Sample]:
+    """Those that have no latents yet, each once."""
+    return [sample for sample in dict.fromkeys(samples) if sample.latents is None]
+
+
+def _mixed(noise: Tensor, fresh: Tensor, strength: float) -> Tensor:
+    """Noise of the same law with a share of fresh noise: all that is left of it at 1, none at 0."""
+    return math.sqrt(1 - strength**2) * noise + strength * fresh
+
+
 def _handles_of(
     samples: Sequence[Sample], handles: Handles, wanted: Sequence[bool]
 ) -> dict[Sample, int]:
@@ -522,6 +618,7 @@ def _exported(sample: Sample) -> dict[str, Any]:
         "latents": _made(sample).clone().cpu(),
         "visited": list(state.visited),
         "history": [row.clone().cpu() for row in state.history],
+        "noise": None if sample.noise is None else asdict(sample.noise),
         "conditional": None if conditional is None else conditional.clone().cpu(),
         "unconditional": None if unconditional is None else unconditional.clone().cpu(),
         "value": sample.value,
@@ -535,9 +632,11 @@ def _restored(saved: dict[str, Any], storage: torch.device) -> Sample:
 
     history = tuple(row.clone().to(storage) for row in saved["history"])
     conditional = here(saved["conditional"])
+    noise = None if saved["noise"] is None else EdgeNoise(**saved["noise"])
     return Sample(
         problem=saved["problem"],
         step_index=saved["step_index"],
+        noise=noise,
         latents=here(saved["latents"]),
         state=SolverState(saved["step_index"], tuple(saved["visited"]), history),
         outputs=None if conditional is None else Outputs(conditional, here(saved["unconditional"])),

@@ -2,7 +2,8 @@
 
 A sample is *lazy* until somebody needs its latents: it holds where it comes from (a seed, or a
 parent with an action and a seed) and no tensor. Once made it forgets its origin, so a released
-parent lives exactly as long as its lazy children.
+parent lives exactly as long as its lazy children; of its last edge it remembers the noise by seed,
+which is all that a perturbation needs.
 """
 
 from __future__ import annotations
@@ -29,6 +30,23 @@ class Drawn:
     seed: int
 
 
+@dataclass(frozen=True)
+class EdgeNoise:
+    """The noise that the last edge of a sample injected: ``std`` times standard normal noise.
+
+    Attributes:
+        std: its standard deviation in the sample; 0 where the edge is deterministic.
+        dtype: that it is drawn in.
+        seed: of the noise first drawn.
+        perturbations: strength and seed of the fresh noise mixed in since, oldest first.
+    """
+
+    std: float
+    dtype: torch.dtype
+    seed: int
+    perturbations: tuple[tuple[float, int], ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Stepped:
     """The far end of an edge."""
@@ -46,7 +64,16 @@ class Renoised:
     seed: int
 
 
-Origin: TypeAlias = Drawn | Stepped | Renoised
+@dataclass(frozen=True, eq=False)
+class Perturbed:
+    """Another sample, with fresh noise mixed into what its last edge injected."""
+
+    source: Sample
+    strength: float
+    seed: int
+
+
+Origin: TypeAlias = Drawn | Stepped | Renoised | Perturbed
 
 
 @dataclass(eq=False)
@@ -57,6 +84,7 @@ class Sample:
         problem: the image it is a sample of.
         step_index: position in the schedule; at its end the sample is finished.
         origin: how to make it; ``None`` once made.
+        noise: what its last edge injected; ``None`` for an initial noise, which is all noise.
         latents: ``[channels, height, width]``, unscaled; ``None`` while lazy.
         state: what the solver remembers; ``None`` while lazy, and of no use once finished.
         outputs: the network's answers, one row each; ``None`` until evaluated.
@@ -67,6 +95,7 @@ class Sample:
     problem: int
     step_index: int
     origin: Origin | None = None
+    noise: EdgeNoise | None = None
     latents: Tensor | None = None
     state: SolverState | None = None
     outputs: Outputs | None = None

@@ -60,7 +60,7 @@ class Network(Protocol):
     """One call of the pipeline's denoiser, as the family's stock pipeline makes it."""
 
     rows_per_latent: int
-    """1, or 2 where classifier-free guidance doubles the batch."""
+    """1, or 2 where classifier-free guidance doubles the batch (and gives two outputs)."""
 
     def __call__(
         self,
@@ -71,8 +71,15 @@ class Network(Protocol):
         """Evaluate scaled inputs at per-row timesteps, each under its problem's conditioning."""
         ...
 
-    def combine(self, outputs: Outputs) -> Float[Tensor, "batch channels height width"]:
-        """Guided output, by the arithmetic of the stock pipeline."""
+    def combine(
+        self, outputs: Outputs, guidance: float | None = None
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Guided output, by the arithmetic of the stock pipeline.
+
+        Args:
+            outputs: with the unconditional ones, where guidance is used.
+            guidance: scale in the place of the call's own, which ``None`` stands for.
+        """
         ...
 
 

@@ -246,8 +246,25 @@ class Stepper:
     def is_stochastic(self, step_index: int, action: Action) -> bool:
         """Whether edges of ``action`` differ by their seeds; the last one rarely does."""
         self.check_action(step_index, action)
-        state = self.initial_state(step_index)
-        return float(self._view(state, action).noise_std) > 0
+        return self.noise_std(self.initial_state(step_index), action) > 0
+
+    def noise_std(self, state: SolverState, action: Action) -> float:
+        """Standard deviation of an edge's noise in the sample; 0 where it is deterministic."""
+        return float(self._view(state, action).noise_std)
+
+    def noise_dtype(self, action: Action, dtype: torch.dtype) -> torch.dtype:
+        """What an edge's noise is drawn in, where the network's outputs are of ``dtype``."""
+        is_own = self._is_sde and action.eta in (None, 1)
+        return torch.float32 if self._is_multistep and is_own else dtype
+
+    def renoise_std(self, step_index: int) -> float:
+        """Standard deviation of the noise that :meth:`renoise` adds.
+
+        Raises:
+            ScheduleError: ``step_index`` is not in the schedule.
+        """
+        self._check_unfinished(step_index)
+        return float(self._alpha_sigma(self._begin + step_index)[1])
 
     def scale_model_input(
         self, latents: Float[Tensor, "batch *sample"], step_indices: Sequence[int]
@@ -321,7 +338,9 @@ class Stepper:
         groups: dict[Hashable, list[int]] = {}
         for row, (state, action) in enumerate(zip(states, actions, strict=True)):
             self.check_action(state.step_index, action)
-            key = (state.step_index, state.visited, len(state.history), *action)
+            key = (
+                state.step_index, state.visited, len(state.history), action.stride, action.eta
+            )  # fmt: skip
             groups.setdefault(key, []).append(row)
         if len(groups) == 1:
             return self._step_group(latents, outputs, states, actions[0], seeds)
@@ -396,13 +415,15 @@ class Stepper:
 
     def _view(self, state: SolverState, action: Action) -> _View:
         """The view for one edge; made once, since edges of many samples cross the same points."""
-        key = (state.step_index, state.visited, *action)
+        key = (state.step_index, state.visited, action.stride, action.eta)
         view = self._views.get(key)
         if view is None:
             if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
             index = self._begin + state.step_index
-            view = self._views[key] = self._make_view(state.visited, index, *action)
+            view = self._views[key] = self._make_view(
+                state.visited, index, action.stride, action.eta
+            )
         return view
 
     def _make_view(

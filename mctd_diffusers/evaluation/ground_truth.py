@@ -30,10 +30,10 @@ from mctd_diffusers.search.environment import (
     Seeds,
     Values,
 )
+from mctd_diffusers.search.settings import check_setting
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-_ONE_NFE = Counts(nfe=1, rows=1)
 _ONE_VALUE = Counts(previews=1, reward_calls=1)
 _ONE_REWARD = Counts(decodes=1, reward_calls=1)
 
@@ -267,9 +267,14 @@ class MixtureEnvironment:
     Steps are DDIM steps with ``eta`` (Song et al., 2021, equation 16) over any stride; the last
     edge is deterministic. Noise comes from one Philox generator an edge, by its seed.
 
+    With ``unconditional`` mixtures there is classifier-free guidance (Ho and Salimans, 2022): an
+    edge of guidance ``g`` steps by ``u + g (c - u)``, where ``c`` and ``u`` are the denoised
+    estimates under ``mixtures`` and under ``unconditional``. The call's own guidance is 1.
+
     Args:
         mixtures: the data of each problem.
         rewards: the reward of each problem.
+        unconditional: the data of each problem without its prompt; ``None`` for no guidance.
         num_steps: steps of the cosine schedule.
         eta: what an action with ``eta=None`` means, 0 to 1.
         first_seed: seed of the initial noises that come with the problems.
@@ -285,14 +290,22 @@ class MixtureEnvironment:
         eta: float = 1.0,
         first_seed: int = 0,
         prices: Prices | None = None,
+        unconditional: Sequence[Mixture] | None = None,
     ) -> None:
         if len(mixtures) != len(rewards) or not mixtures:
             raise ConfigError(
                 f"{len(mixtures)} mixtures and {len(rewards)} rewards; give one of each a problem."
             )
+        if unconditional is not None and len(unconditional) != len(mixtures):
+            raise ConfigError(
+                f"{len(mixtures)} mixtures and {len(unconditional)} unconditional ones; give one "
+                "of each a problem."
+            )
         self.num_steps = num_steps
         self.ledger = Ledger(prices=prices or Prices())
-        self.free_guidance = True
+        self.free_guidance = unconditional is not None
+        self.rows_per_nfe = 1 if unconditional is None else 2
+        self.unconditional = None if unconditional is None else tuple(unconditional)
         self.mixtures = tuple(mixtures)
         self.rewards = tuple(rewards)
         self.alpha, self.sigma = cosine_schedule(num_steps)
@@ -301,6 +314,9 @@ class MixtureEnvironment:
         self._dimensions = mixtures[0].dimensions
         self._num_samples = 0
         self._x = np.empty((64, self._dimensions))
+        self._mean = np.empty((64, self._dimensions))  # x is this plus std times noise
+        self._noise = np.empty((64, self._dimensions))
+        self._std = np.empty(64)
         self._denoised = np.empty((64, self._dimensions))
         self._step_index = np.empty(64, dtype=np.int64)
         self._problem = np.empty(64, dtype=np.int64)
@@ -328,7 +344,9 @@ class MixtureEnvironment:
             ]
         )
         spread = np.hypot(self.alpha[0], self.sigma[0])  # 1 for variance-preserving schedules
-        return self._add(noise * spread, np.zeros(len(problems), dtype=np.int64), problems)
+        stds = np.full(len(problems), spread)
+        start = np.zeros(len(problems), dtype=np.int64)
+        return self._add(np.zeros_like(noise), noise, stds, start, problems)
 
     def denoise(self, handles: Handles) -> None:
         """Evaluate samples that are not yet evaluated; 1 NFE each."""
@@ -341,7 +359,7 @@ class MixtureEnvironment:
                 self._x[group], self.alpha[step_index], self.sigma[step_index]
             )
         self._evaluated[rows] = True
-        self.ledger.charge(self._problem[rows], _ONE_NFE)
+        self.ledger.charge(self._problem[rows], Counts(nfe=1, rows=self.rows_per_nfe))
         self.ledger.charge_shared(Counts(calls=min(len(rows), 1)))
 
     def step(self, parents: Handles, actions: Sequence[Action], seeds: Seeds) -> Handles:
@@ -361,17 +379,16 @@ class MixtureEnvironment:
                 handles=parents.tolist(),
             )
         noise = np.stack([_noise(int(seed), self._dimensions) for seed in seeds])
-        made = ddim_step(
-            self._x[rows],
-            self._denoised[rows],
-            noise,
-            alpha=self.alpha[now, None],
-            sigma=self.sigma[now, None],
-            alpha_next=self.alpha[then, None],
-            sigma_next=self.sigma[then, None],
-            eta=etas[:, None],
-        )
-        return self._add(made, then, self._problem[rows])
+        levels = {
+            "alpha": self.alpha[now, None],
+            "sigma": self.sigma[now, None],
+            "alpha_next": self.alpha[then, None],
+            "sigma_next": self.sigma[then, None],
+            "eta": etas[:, None],
+        }
+        denoised = self._guided(rows, actions)
+        mean = ddim_step(self._x[rows], denoised, np.zeros_like(noise), **levels)
+        return self._add(mean, noise, ddim_std(**levels)[:, 0], then, self._problem[rows])
 
     def step_price(self, parents: Handles, actions: Sequence[Action]) -> Counts:
         """Nothing: a DDIM step is arithmetic."""
@@ -402,13 +419,37 @@ class MixtureEnvironment:
         self._need_evaluated(rows[~finished])
         clean = np.where(finished[:, None], self._x[rows], self._denoised[rows])
         noise = np.stack([_noise(int(seed), self._dimensions) for seed in seeds])
-        made = self.alpha[step_index] * clean + self.sigma[step_index] * noise
-        return self._add(made, np.full(len(rows), step_index), self._problem[rows])
+        mean = self.alpha[step_index] * clean
+        stds = np.full(len(rows), self.sigma[step_index])
+        return self._add(mean, noise, stds, np.full(len(rows), step_index), self._problem[rows])
+
+    def perturb(self, handles: Handles, strengths: Values, seeds: Seeds) -> Handles:
+        """Variants of unfinished samples with fresh noise mixed into that of their last edges."""
+        rows = self._known(handles)
+        for strength in strengths:
+            check_setting("strength", strength, 0, 1)
+        finished = self._step_index[rows] == self.num_steps
+        if finished.any():
+            raise SearchError(
+                "finished samples cannot be perturbed.", handles=rows[finished].tolist()
+            )
+        plain = rows[self._std[rows] == 0]
+        if plain.size:
+            raise SearchError(
+                f"handles {plain.tolist()} came by edges without noise; step with eta above 0.",
+                handles=plain.tolist(),
+            )
+        fresh = np.stack([_noise(int(seed), self._dimensions) for seed in seeds])
+        share = strengths[:, None]
+        noise = np.sqrt(1 - share**2) * self._noise[rows] + share * fresh
+        stands = self._step_index[rows]
+        return self._add(self._mean[rows], noise, self._std[rows], stands, self._problem[rows])
 
     def export(self, handles: Handles) -> Any:
-        """Copy of the samples: latents, step indices and problems."""
+        """Copy of the samples: means, noise and deviations, step indices and problems."""
         rows = self._known(handles)
-        return self._x[rows].copy(), self._step_index[rows].copy(), self._problem[rows].copy()
+        columns = (self._mean, self._noise, self._std, self._step_index, self._problem)
+        return tuple(column[rows].copy() for column in columns)
 
     def restore(self, saved: Any) -> Handles:
         """Samples back from ``export``, under new handles, not evaluated."""
@@ -418,15 +459,42 @@ class MixtureEnvironment:
         """Forget samples; their handles are never used again."""
         self._released[self._known(handles)] = True
 
-    def _add(self, x: Floats, step_index: npt.NDArray[np.int64], problem: Handles) -> Handles:
-        first, last = self._num_samples, self._num_samples + len(x)
+    def _guided(self, rows: npt.NDArray[np.int64], actions: Sequence[Action]) -> Floats:
+        """Denoised estimates of samples, each under the guidance of its action."""
+        denoised = self._denoised[rows]
+        for place, (row, action) in enumerate(zip(rows, actions, strict=True)):
+            if action.guidance is None:
+                continue
+            if self.unconditional is None:
+                raise ConfigError(
+                    f"Action.guidance is {action.guidance!r}, but there is nothing to scale: give "
+                    "unconditional mixtures, or leave it None."
+                )
+            step_index = self._step_index[row]
+            without = self.unconditional[self._problem[row]].denoised(
+                self._x[row : row + 1], self.alpha[step_index], self.sigma[step_index]
+            )[0]
+            denoised[place] = without + action.guidance * (denoised[place] - without)
+        return denoised
+
+    def _add(
+        self,
+        mean: Floats,
+        noise: Floats,
+        std: Floats,
+        step_index: npt.NDArray[np.int64],
+        problem: Handles,
+    ) -> Handles:
+        first, last = self._num_samples, self._num_samples + len(mean)
         while last > len(self._x):
             for name in (
-                "_x", "_denoised", "_step_index", "_problem", "_evaluated", "_released", "_reward"
+                "_x", "_mean", "_noise", "_std", "_denoised", "_step_index", "_problem",
+                "_evaluated", "_released", "_reward",
             ):  # fmt: skip
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
-        self._x[first:last] = x
+        self._x[first:last] = mean + std[:, None] * noise
+        self._mean[first:last], self._noise[first:last], self._std[first:last] = mean, noise, std
         self._step_index[first:last] = step_index
         self._problem[first:last] = problem
         self._reward[first:last] = np.nan
@@ -505,9 +573,19 @@ def ddim_step(
     Returns:
         ``[batch, dimensions]`` samples at ``(alpha_next, sigma_next)``.
     """
-    fresh = eta * sigma_next / sigma * np.sqrt(np.maximum(1 - (alpha / alpha_next) ** 2, 0))
+    fresh = ddim_std(
+        alpha=alpha, sigma=sigma, alpha_next=alpha_next, sigma_next=sigma_next, eta=eta
+    )
     kept = np.sqrt(np.maximum(sigma_next**2 - fresh**2, 0))
     return np.asarray(alpha_next * denoised + kept * (x - alpha * denoised) / sigma + fresh * noise)
+
+
+def ddim_std(
+    *, alpha: Floats, sigma: Floats, alpha_next: Floats, sigma_next: Floats, eta: Floats
+) -> Floats:
+    """Standard deviation of the noise that :func:`ddim_step` injects; its arguments are those."""
+    share = np.sqrt(np.maximum(1 - (alpha / alpha_next) ** 2, 0))
+    return np.asarray(eta * sigma_next / sigma * share)
 
 
 def _noise(seed: int, dimensions: int) -> Floats:

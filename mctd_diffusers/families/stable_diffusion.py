@@ -105,13 +105,14 @@ class StableDiffusionNetwork:
         unconditional, conditional = output.chunk(2)
         return Outputs(conditional, unconditional)
 
-    def combine(self, outputs: Outputs) -> Float[Tensor, "batch channels height width"]:
+    def combine(
+        self, outputs: Outputs, guidance: float | None = None
+    ) -> Float[Tensor, "batch channels height width"]:
         """Guided output, by the arithmetic of the stock pipeline."""
         if outputs.unconditional is None:
             return outputs.conditional
-        guided = outputs.unconditional + self.guidance_scale * (
-            outputs.conditional - outputs.unconditional
-        )
+        scale = self.guidance_scale if guidance is None else guidance
+        guided = outputs.unconditional + scale * (outputs.conditional - outputs.unconditional)
         if self.guidance_rescale > 0.0:
             guided = rescale_noise_cfg(
                 guided, outputs.conditional, guidance_rescale=self.guidance_rescale
@@ -519,7 +520,6 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
             network=network,
             decoder=VaeDecoder(self.vae),
             preview=None if self.preview_vae is None else VaeDecoder(self.preview_vae),
-            free_guidance=timestep_cond is None,
             first_latents=first_latents,
         )
 

@@ -34,10 +34,15 @@ class Action(NamedTuple):
         stride: schedule steps crossed, at least 1 and at most the steps left.
         eta: share of fresh noise, 0 (deterministic) to 1; ``None`` steps as the user's own
             scheduler and ``eta`` say, exactly like the stock pipeline.
+        guidance: scale of classifier-free guidance on this edge, in units of the call's
+            ``guidance_scale``: 0 is unconditional, 1 conditional; ``None`` is the call's own. It is
+            free, since both outputs are kept apart, and moves this edge alone: a sample's value and
+            denoised estimate stay those of the call's own guidance.
     """
 
     stride: int
     eta: float | None = None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -182,13 +187,28 @@ class Renoise:
 
 
 @dataclass(frozen=True)
+class Perturb:
+    """Mix fresh noise into what the last edges injected, see `Environment.perturb`. Reply: handles.
+
+    Attributes:
+        handles: unfinished samples.
+        strength: share of fresh noise, 0 (the same sample again) to 1 (the edge drawn anew).
+        seeds: of the fresh noise.
+    """
+
+    handles: Handles
+    strength: float
+    seeds: Seeds
+
+
+@dataclass(frozen=True)
 class Release:
     """Forget samples that the search will not touch again. Reply: ``None``."""
 
     handles: Handles
 
 
-Request: TypeAlias = Reset | Denoise | Step | Value | Reward | Renoise | Release
+Request: TypeAlias = Reset | Denoise | Step | Value | Reward | Renoise | Perturb | Release
 
 
 class Reply(NamedTuple):
@@ -215,7 +235,9 @@ class Environment(Protocol):
     Every method takes and returns batches across all images. Attributes:
         num_steps: steps of the schedule; a sample at ``step_index == num_steps`` is finished.
         ledger: what was spent.
-        free_guidance: ``False`` where guidance is an input of the network (Flux, LCM).
+        free_guidance: whether an action may name a guidance: it is arithmetic on two outputs that
+            are kept apart. ``False`` where it is an input of the network (Flux, LCM), and where a
+            call uses none.
     """
 
     num_steps: int
@@ -248,6 +270,15 @@ class Environment(Protocol):
 
     def renoise(self, handles: Handles, step_index: int, seeds: Seeds) -> Handles:
         """Noise the denoised estimates (of evaluated or finished samples) to ``step_index``."""
+        ...
+
+    def perturb(self, handles: Handles, strengths: Values, seeds: Seeds) -> Handles:
+        """Lazy variants of unfinished samples, at the same step index; 0 NFE.
+
+        The noise that the last edge injected (for an initial noise: the sample itself) becomes
+        ``sqrt(1 - strength^2) * noise + strength * fresh``, which keeps its law; everything else of
+        the edge stays as it was.
+        """
         ...
 
     def export(self, handles: Handles) -> Any:

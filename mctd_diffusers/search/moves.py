@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.environment import (
     Action,
     Asks,
     Denoise,
+    Perturb,
+    Renoise,
     Reply,
     Reset,
     Reward,
@@ -23,7 +26,28 @@ from mctd_diffusers.search.environment import (
     Values,
 )
 from mctd_diffusers.search.problem import Problem
-from mctd_diffusers.search.tree import DRAW, ROOT, STEP, add_child, issue_seeds
+from mctd_diffusers.search.seeding import root_seed_of
+from mctd_diffusers.search.tree import (
+    DRAW,
+    PERTURB,
+    RENOISE,
+    ROOT,
+    STEP,
+    add_child,
+    backup,
+    issue_seeds,
+)
+
+
+def generator_for(problem: Problem, purpose: str) -> np.random.Generator:
+    """Chance for the choices of a strategy: the same in every run of the same problem.
+
+    Args:
+        problem: the image; its root seed is where all chance comes from.
+        purpose: tells the generators of one search from each other.
+    """
+    seed = root_seed_of(b"%d|%s" % (problem.root_seed, purpose.encode()))
+    return np.random.Generator(np.random.Philox(seed))
 
 
 def draw(problem: Problem, count: int) -> Asks:
@@ -45,7 +69,14 @@ def draw(problem: Problem, count: int) -> Asks:
     ]
 
 
-def step(problem: Problem, parents: Sequence[int], *, stride: int, eta: float | None) -> Asks:
+def step(
+    problem: Problem,
+    parents: Sequence[int],
+    *,
+    stride: int,
+    eta: float | None,
+    guidance: float | None = None,
+) -> Asks:
     """Expand each entry of ``parents`` (evaluated; a row may stand there often) by one lazy child.
 
     Args:
@@ -53,15 +84,20 @@ def step(problem: Problem, parents: Sequence[int], *, stride: int, eta: float | 
         parents: rows, all at one distance of at least ``stride`` from the end.
         stride: schedule steps that each edge crosses.
         eta: share of fresh noise; ``None`` steps as the user's own scheduler says.
+        guidance: scale of guidance on these edges; ``None`` is the call's own.
 
     Returns:
         The rows of the children, in order.
+
+    Raises:
+        ConfigError: a guidance where there is none to scale, see :func:`check_guidance`.
     """
+    check_guidance(problem, guidance)
     tree = problem.tree
     seeds = [issue_seeds(tree, parent, move=STEP, stride=stride, count=1)[0] for parent in parents]
     reply: Reply = yield Step(
         tree.handle[parents],
-        (Action(stride, eta),) * len(parents),
+        (Action(stride, eta, guidance),) * len(parents),
         np.array(seeds, dtype=np.int64),
     )
     targets = (tree.step_index[parents] + stride).tolist()
@@ -74,11 +110,90 @@ def step(problem: Problem, parents: Sequence[int], *, stride: int, eta: float | 
             move=STEP,
             stride=stride,
             eta=eta,
+            guidance=guidance,
             seed=seed,
         )
         for parent, handle, target, seed in zip(
             parents, reply.result.tolist(), targets, seeds, strict=True
         )
+    ]
+
+
+def check_guidance(problem: Problem, guidance: float | None) -> None:
+    """Refuse a guidance of an edge where there is none to scale.
+
+    Raises:
+        ConfigError: the call's guidance is off, or an input of the network.
+    """
+    if guidance is not None and not problem.free_guidance:
+        raise ConfigError(
+            f"guidance {guidance!r} of an edge needs the network's output with and without the "
+            f"prompt, and image {problem.index} has only one: its guidance is off, or an input of "
+            "the network; call with guidance_scale above 1, or leave guidance None."
+        )
+
+
+def perturb(problem: Problem, nodes: Sequence[int], *, strength: float) -> Asks:
+    """Make a variant of each node with other noise on its last edge; see ``Environment.perturb``.
+
+    The move of zero-order search (its neighbours) and of evolution (its mutations). Lazy and free:
+    a variant stands at the step index of its node and is not evaluated.
+
+    Args:
+        problem: the image.
+        nodes: unfinished rows, evaluated or not, whose last edges are not deterministic; a row may
+            stand there often.
+        strength: share ``b`` of fresh noise, 0 to 1: the noise becomes
+            ``sqrt(1 - b^2) * noise + b * fresh``.
+
+    Returns:
+        The rows of the variants, in order: children of ``nodes`` by a move ``PERTURB`` whose column
+        ``eta`` holds the strength.
+    """
+    tree = problem.tree
+    seeds = [issue_seeds(tree, node, move=PERTURB, stride=0, count=1)[0] for node in nodes]
+    reply: Reply = yield Perturb(tree.handle[nodes], strength, np.array(seeds, dtype=np.int64))
+    return [
+        add_child(
+            tree,
+            node,
+            handle=handle,
+            step_index=int(tree.step_index[node]),
+            move=PERTURB,
+            stride=0,
+            eta=strength,
+            seed=seed,
+        )
+        for node, handle, seed in zip(nodes, reply.result.tolist(), seeds, strict=True)
+    ]
+
+
+def renoise(problem: Problem, nodes: Sequence[int], *, step_index: int) -> Asks:
+    """Go back up the schedule from the denoised estimates of evaluated, or from finished, nodes.
+
+    Args:
+        problem: the image.
+        nodes: rows; one may stand there often.
+        step_index: where to, 0 is noisiest.
+
+    Returns:
+        The rows of the noised samples, in order, lazy: children of ``nodes``.
+    """
+    tree = problem.tree
+    seeds = [issue_seeds(tree, node, move=RENOISE, stride=0, count=1)[0] for node in nodes]
+    reply: Reply = yield Renoise(tree.handle[nodes], step_index, np.array(seeds, dtype=np.int64))
+    return [
+        add_child(
+            tree,
+            node,
+            handle=handle,
+            step_index=step_index,
+            move=RENOISE,
+            stride=0,
+            eta=None,
+            seed=seed,
+        )
+        for node, handle, seed in zip(nodes, reply.result.tolist(), seeds, strict=True)
     ]
 
 
@@ -129,6 +244,33 @@ def finish_plainly(problem: Problem, nodes: Sequence[int]) -> Asks:
             break
     yield from reward(problem, nodes)
     return nodes
+
+
+def finish(problem: Problem, nodes: Sequence[int], *, strides: Sequence[int]) -> Asks:
+    """Step ``nodes`` over ``strides`` to the end as the user's scheduler says, and score them.
+
+    Args:
+        problem: the image, whose account pays for it all.
+        nodes: rows, all at one step index; evaluated first where they are not.
+        strides: schedule steps of each edge, exactly those left.
+
+    Returns:
+        The rows of the finished nodes, in order.
+    """
+    nodes = list(nodes)
+    for stride in strides:
+        todo = [node for node in nodes if not problem.tree.evaluated[node]]
+        if todo:
+            yield from denoise(problem, todo)
+        nodes = yield from step(problem, nodes, stride=stride, eta=None)
+    yield from reward(problem, nodes)
+    return nodes
+
+
+def back_up(problem: Problem, leaves: Sequence[int]) -> None:
+    """Add the rewards of finished nodes along their paths to the root."""
+    for leaf in leaves:
+        backup(problem.tree, leaf, float(problem.tree.reward[leaf]))
 
 
 def complete(problem: Problem) -> Asks:

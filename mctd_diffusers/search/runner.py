@@ -1,7 +1,7 @@
 """Runs one strategy on many images: merges their requests into waves, keeps what is found.
 
 The loop, in one paragraph. Every image has a coroutine (``strategy.search(problem)``) that waits
-for replies. Cheap requests (release, reset, step, renoise) are answered at once; when all
+for replies. Cheap requests (release, reset, step, renoise, perturb) are answered at once; when all
 coroutines wait for something expensive, the kind with the most samples pending (denoise, value or
 reward) is answered in one call across all images, so that calls are as full as they can be. The
 runner writes what the world answered into each image's tree, keeps every finished sample, and
@@ -27,6 +27,7 @@ from mctd_diffusers.search.environment import (
     Denoise,
     Environment,
     Handles,
+    Perturb,
     Release,
     Renoise,
     Reply,
@@ -277,7 +278,7 @@ def replay(strategy: Strategy, problem: Problem, replies: Iterable[Reply]) -> Re
 _Asked: TypeAlias = Any
 """A request, or a tuple of what is asked (recursively)."""
 
-_CHEAP: Final[tuple[type[Request], ...]] = (Release, Reset, Step, Renoise)
+_CHEAP: Final[tuple[type[Request], ...]] = (Release, Reset, Step, Renoise, Perturb)
 _EXPENSIVE: Final[tuple[type[Request], ...]] = (Denoise, Value, Reward)
 
 
@@ -537,6 +538,14 @@ def _call_renoise(
     return handles
 
 
+def _call_perturb(
+    environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]
+) -> npt.NDArray[np.int64]:
+    strengths = np.array([leaf.request.strength for leaf in leaves], dtype=np.float64)
+    seeds = np.concatenate([leaf.request.seeds for leaf in leaves])
+    return environment.perturb(_handles_of(leaves), np.repeat(strengths, sizes), seeds)
+
+
 def _call_denoise(environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]) -> None:
     del sizes
     environment.denoise(_handles_of(leaves))
@@ -566,6 +575,7 @@ _CALLS: Final[dict[type[Request], Callable[[Environment, Sequence[_Leaf], Sequen
     Reset: _call_reset,
     Step: _call_step,
     Renoise: _call_renoise,
+    Perturb: _call_perturb,
     Denoise: _call_denoise,
     Value: _call_value,
     Reward: _call_reward,

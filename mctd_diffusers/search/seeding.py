@@ -22,8 +22,8 @@ def child_seed(parent_seed: int, move: int, stride: int, ordinal: int) -> int:
 
     Args:
         parent_seed: 0 to 2**63 - 1; the root seed for an edge that leaves the root.
-        move: which kind of edge (``tree.DRAW``, ``STEP``, ``RENOISE``).
-        stride: schedule steps crossed; 0 for a draw.
+        move: which kind of edge (``tree.DRAW``, ``STEP``, ``RENOISE``, ``PERTURB``).
+        stride: schedule steps crossed; 0 where it crosses none.
         ordinal: how many edges of this move and stride left the parent before.
 
     Returns:

@@ -32,6 +32,8 @@ STEP: Final = 2
 """Move of an edge that crosses ``stride`` steps of the schedule."""
 RENOISE: Final = 3
 """Move of an edge back up the schedule, from the denoised estimate."""
+PERTURB: Final = 4
+"""Move of an edge to a variant of the same step index, with other noise on its last edge."""
 
 Nodes: TypeAlias = npt.NDArray[np.int64]
 
@@ -41,6 +43,7 @@ _COLUMNS: Final[dict[str, tuple[type[Any], Any]]] = {
     "step_index": (np.int64, NO_STEP),
     "stride": (np.int64, 0),
     "eta": (np.float64, np.nan),
+    "guidance": (np.float64, np.nan),
     "seed": (np.int64, 0),
     "move": (np.int64, 0),
     "depth": (np.int64, 0),
@@ -65,9 +68,11 @@ class Tree:
     handle         int64   the environment's id of the sample; ``NO_HANDLE`` for the root
     step_index     int64   position in the schedule, 0 is noisiest; ``NO_STEP`` for the root
     stride         int64   schedule steps that the edge to this node crosses; 0 if not a step
-    eta            float64 share of fresh noise on that edge; NaN: as the user's own scheduler
+    eta            float64 share of fresh noise on that edge; NaN: as the user's own scheduler;
+                           of a ``PERTURB`` its strength
+    guidance       float64 guidance scale on that edge; NaN: the call's own
     seed           int64   seed of that edge; ``FIRST_DRAW`` for the noise that came along
-    move           int64   ``DRAW``, ``STEP`` or ``RENOISE``; 0 for the root
+    move           int64   ``DRAW``, ``STEP``, ``RENOISE`` or ``PERTURB``; 0 for the root
     depth          int64   edges from the root
     visit_count    int64   backups through this node
     in_flight      int64   virtual visits: simulations under way through this node
@@ -103,6 +108,7 @@ class Tree:
     _step_index: npt.NDArray[np.int64]
     _stride: npt.NDArray[np.int64]
     _eta: npt.NDArray[np.float64]
+    _guidance: npt.NDArray[np.float64]
     _seed: npt.NDArray[np.int64]
     _move: npt.NDArray[np.int64]
     _depth: npt.NDArray[np.int64]
@@ -146,13 +152,18 @@ class Tree:
         return self._used(self._eta)
 
     @property
+    def guidance(self) -> npt.NDArray[np.float64]:
+        """``[num_nodes]`` guidance scales of the edges; NaN: the call's own."""
+        return self._used(self._guidance)
+
+    @property
     def seed(self) -> npt.NDArray[np.int64]:
         """``[num_nodes]`` seeds of the edges; ``FIRST_DRAW`` for the noise that came along."""
         return self._used(self._seed)
 
     @property
     def move(self) -> npt.NDArray[np.int64]:
-        """``[num_nodes]`` ``DRAW``, ``STEP`` or ``RENOISE``; 0 for the root."""
+        """``[num_nodes]`` ``DRAW``, ``STEP``, ``RENOISE`` or ``PERTURB``; 0 for the root."""
         return self._used(self._move)
 
     @property
@@ -261,6 +272,7 @@ def add_child(
     stride: int,
     eta: float | None,
     seed: int,
+    guidance: float | None = None,
 ) -> int:
     """Expand ``parent`` by one lazy child; its columns are those of :class:`Tree`.
 
@@ -284,6 +296,7 @@ def add_child(
         move=move,
         stride=stride,
         eta=np.nan if eta is None else eta,
+        guidance=np.nan if guidance is None else guidance,
         seed=seed,
         depth=tree._depth[parent] + 1,
     )
