@@ -32,7 +32,7 @@ from mctd_diffusers.search.environment import (
     Prices,
 )
 from tests.schedulers import make_scheduler, noise
-from tests.tiny_models import GuidedUNet, tiny_unet, tiny_vae
+from tests.tiny_models import GuidedUNet, PlainUNet, tiny_unet, tiny_vae
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -301,6 +301,172 @@ def test_finished_and_unfinished_samples_go_back_up_the_schedule(
     environment.reward(advance(environment, again, [1, 4]))
 
 
+NAMES = ["ddim", "ddpm", "euler", "euler-a", "dpm++", "sde-dpm++"]
+
+
+def latents_of(environment: LatentEnvironment, handles: Handles) -> Tensor:
+    """Samples, made where they were lazy."""
+    return torch.stack([sample["latents"] for sample in environment.export(handles)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_perturbation_of_strength_0_or_1_is_the_sample_or_a_fresh_one(
+    unet: Any, vae: Any, name: str
+) -> None:
+    environment = (world := World(unet, vae, name)).environment
+    start = world.start(0, 1)
+    environment.denoise(start)
+    for old, fresh in (
+        (start, environment.reset(array(0, 1), array(8, 9))),
+        *(
+            (
+                environment.step(start, [Action(3, eta)] * 2, array(1, 2)),
+                environment.step(start, [Action(3, eta)] * 2, array(8, 9)),
+            )
+            for eta in (0.6, 1.0)
+        ),
+        (environment.renoise(start, 2, array(1, 2)), environment.renoise(start, 2, array(8, 9))),
+    ):
+        same = environment.perturb(old, np.zeros(2), array(8, 9))
+        other = environment.perturb(old, np.ones(2), array(8, 9))
+        assert torch.equal(latents_of(environment, same), latents_of(environment, old))
+        expected = latents_of(environment, fresh)
+        scale = float(expected.std())
+        torch.testing.assert_close(
+            latents_of(environment, other) / scale, expected / scale, rtol=0, atol=1e-5
+        )
+        if old is start:
+            assert torch.equal(latents_of(environment, other), expected)
+    assert environment.ledger.total.nfe == 2
+
+
+@pytest.mark.parametrize("name", ["ddim", "sde-dpm++"])
+@pytest.mark.parametrize("how", ["evaluated", "released", "saved", "alone"])
+def test_a_perturbation_is_decided_by_its_path_alone(
+    unet: Any, vae: Any, name: str, how: str
+) -> None:
+    ends = []
+    for varied in (False, True):
+        environment = (world := World(unet, vae, name)).environment
+        parents = advance(environment, world.start(0, 1), [1])
+        environment.denoise(parents)
+        old = environment.step(parents, [Action(2, 1.0)] * 2, array(3, 4))
+        if varied and how == "evaluated":
+            environment.denoise(old)
+        elif varied and how == "saved":
+            world = World(unet, vae, name)
+            old = world.environment.restore(environment.export(old))
+            environment = world.environment
+        once = environment.perturb(old, np.array([0.3, 0.8]), array(5, 6))
+        twice = environment.perturb(once, np.array([0.5, 0.1]), array(7, 8))
+        if varied and how == "released":
+            environment.release(np.concatenate([old, once]))
+        elif varied and how == "alone":
+            environment.denoise(twice[1:])
+        ends.append(latents_of(environment, advance(environment, twice, [2, 3], 0.5)))
+    assert torch.equal(*ends)
+
+
+def test_a_long_chain_of_perturbations_waits_in_one_piece(unet: Any, vae: Any) -> None:
+    environment = (world := World(unet, vae)).environment
+    handles = world.start(0)
+    for seed in range(2000):  # deeper than Python calls may nest
+        handles = environment.perturb(handles, np.array([0.1]), array(seed))
+    x = latents_of(environment, handles)
+    assert float(x.std()) == pytest.approx(1, abs=0.2)
+    assert environment.ledger.total == Counts()
+
+
+def test_perturbed_noise_is_mixed_as_it_was_drawn(unet: Any, vae: Any) -> None:
+    environment = (world := World(unet, vae)).environment
+    start = world.start(0)
+    environment.denoise(start)
+    plain = environment.step(start, [Action(2, 0.0)], array(1))
+    old = environment.step(start, [Action(2, 1.0)], array(1))
+    varied = environment.perturb(old, np.array([0.6]), array(2))
+    varied = environment.perturb(varied, np.array([0.8]), array(3))
+    std = world.stepper.noise_std(world.stepper.initial_state(), Action(2, 1.0))
+    one, two, three = (noise(1, 4, 8, 8, seed=seed) for seed in (1, 2, 3))
+    mixed = 0.6 * (0.8 * one + 0.6 * two) + 0.8 * three
+    change = latents_of(environment, varied) - latents_of(environment, old)
+    torch.testing.assert_close(change, std * (mixed - one), rtol=0, atol=1e-5)
+    assert std > 0
+    assert world.stepper.noise_std(world.stepper.initial_state(), Action(2, 0.0)) == 0
+    with pytest.raises(SearchError, match=r"without noise; step with eta above 0"):
+        environment.perturb(plain, np.array([0.5]), array(1))
+
+
+# Guidance of an edge
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++"])
+def test_an_edge_of_another_guidance_is_that_of_a_call_with_it(
+    unet: Any, vae: Any, name: str
+) -> None:
+    worlds = [World(unet, vae, name) for _ in range(3)]
+    worlds[0].network.scale = 1.5
+    given: tuple[float | None, ...] = (None, 1.5, None)
+    ends = []
+    for world, guidance in zip(worlds, given, strict=True):
+        environment = world.environment
+        handles = world.start(0, 1)
+        for stride in (2, 2, 4):  # a multistep solver remembers what it was guided by
+            environment.denoise(handles)
+            actions = [Action(stride, 0.5, guidance)] * 2
+            handles = environment.step(handles, actions, array(5, 6))
+        ends.append(latents_of(environment, handles))
+        assert environment.ledger.total.nfe == 6
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+def test_edges_of_any_guidance_ride_in_one_call(unet: Any, vae: Any) -> None:
+    guidances = (None, 0.0, 7.5, SCALE, 7.5)
+    environment = (world := World(unet, vae)).environment
+    start = world.start(0, 1, 2, 0, 1)
+    environment.denoise(start)
+    actions = [Action(2, 0.5, guidance) for guidance in guidances]
+    seeds = array(5, 6, 7, 5, 9)
+    children = environment.step(start, actions, seeds)
+    before = environment.value(start)
+    together = latents_of(environment, children)
+    assert set(world.network.combined) == {4}
+    assert torch.equal(together[0], together[3])  # the call's own, by its number
+    for i in range(5):
+        alone = environment.step(start[[i]], actions[i : i + 1], seeds[i : i + 1])
+        assert torch.equal(latents_of(environment, alone)[0], together[i])
+    assert environment.value(start).tolist() == before.tolist()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), True])
+def test_a_guidance_that_is_no_number_is_refused(unet: Any, vae: Any, wrong: float) -> None:
+    environment = (world := World(unet, vae)).environment
+    start = world.start(0)
+    environment.denoise(start)
+    with pytest.raises(ConfigError, match=r"Action\.guidance is .*; give a finite number or None"):
+        environment.step(start, [Action(1, None, wrong)], array(0))
+
+
+def test_guidance_of_an_edge_needs_guidance(unet: Any, vae: Any) -> None:
+    world = World(unet, vae)
+    assert world.environment.free_guidance
+    environment = LatentEnvironment(
+        network=PlainUNet(unet, world.embeds),
+        stepper=world.stepper,
+        decoder=world.decode,
+        reward=world.reward,
+        prompts=["a", "b", "c"],
+        first_latents=FIRST,
+        rows_per_call=4,
+    )
+    assert not environment.free_guidance
+    start = environment.reset(array(0), array(1))
+    environment.denoise(start)
+    with pytest.raises(ConfigError, match=r"is 2\.0, but there is nothing to scale: guidance is o"):
+        environment.step(start, [Action(1, None, 2.0)], array(0))
+    environment.step(start, [Action(1)], array(0))
+
+
 # What is kept
 
 
@@ -386,6 +552,11 @@ def test_what_cannot_be_asked_is_refused_with_the_handles(unet: Any, vae: Any) -
         (lambda: environment.reward(first), first, "not finished"),
         (lambda: environment.images(first), first, "not finished"),
         (lambda: environment.denoise(finished), finished, "is finished"),
+        (
+            lambda: environment.perturb(finished, np.array([0.5]), array(1)),
+            finished,
+            "is finished; perturb it before its last edge",
+        ),
     ):
         with pytest.raises(SearchError, match=match) as error:
             refused()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mctd_diffusers.errors import (
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.results import read_recipe, save_image_with_recipe
 from mctd_diffusers.search.environment import Asks
-from mctd_diffusers.search.moves import denoise, draw
+from mctd_diffusers.search.moves import denoise, draw, finish_plainly, perturb, renoise, step
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.strategies import BestOfN
 from mctd_diffusers.search.tree import DRAW, ROOT, issue_seeds, path_to_root
@@ -219,6 +220,60 @@ def test_a_replay_is_bit_equal_with_other_schedulers(name: str) -> None:
     out = search(pipe, output_type="latent", generator=seeded(3, 4), num_images_per_prompt=2)
     replayed = pipe.replay(out.search[1].recipe)
     assert torch.equal(replayed.latents, out.images[1])
+
+
+@dataclass(frozen=True)
+class EveryMove:
+    """A search that makes each kind of move, finishes, goes back, and finishes again."""
+
+    name: str = "every_move"
+
+    def least_nfe(self, num_steps: int) -> int:
+        return 8
+
+    def search(self, problem: Problem) -> Asks:
+        nodes = yield from draw(problem, 2)
+        nodes = yield from perturb(problem, nodes, strength=0.3)
+        yield from denoise(problem, nodes)
+        nodes = yield from step(problem, nodes, stride=2, eta=1.0, guidance=9.5)
+        nodes = yield from perturb(problem, nodes, strength=0.7)
+        yield from denoise(problem, nodes)
+        nodes = yield from renoise(problem, nodes, step_index=1)
+        nodes = yield from finish_plainly(problem, nodes)
+        nodes = yield from renoise(problem, nodes, step_index=3)
+        yield from finish_plainly(problem, nodes)
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler_ancestral", "dpm_multistep_sde"])
+def test_a_replay_retraces_every_move(name: str, tmp_path: Path) -> None:
+    pipe = MCTDPipeline.from_pipe(tiny.make_stock(name), reward_model=tiny.redness)
+    found = search(pipe, search=EveryMove(), compute=8).search[0]
+    assert len(found.finished) == 4
+    for sample, latents in zip(found.finished, found.latents, strict=True):
+        recipe = found.recipe_of(sample.node)
+        save_image_with_recipe(Image.new("RGB", (8, 8)), recipe, tmp_path / "picture.png")
+        replayed = pipe.replay(read_recipe(tmp_path / "picture.png"), previews=True)
+        assert torch.equal(replayed.latents, latents)
+        assert replayed.reward == sample.reward
+        path = path_to_root(found.tree, sample.node)
+        assert replayed.nfe == sum(found.tree.evaluated[path]) == len(replayed.previews)
+        stood = [int(found.tree.step_index[node]) for node in path if found.tree.evaluated[node]]
+        assert replayed.step_indices == stood[::-1]
+
+
+def test_a_recipe_of_an_older_version_is_replayed(pipe: MCTDPipeline) -> None:
+    out = search(pipe, search="beam")
+    recipe = out.search[0].recipe
+    moves = [{k: v for k, v in move.items() if k != "guidance"} for move in recipe["moves"]]
+    replayed = pipe.replay(recipe | {"version": 1, "moves": moves})
+    assert np.array_equal(np.array(replayed.images[0]), np.array(out.images[0]))
+
+
+def test_guidance_of_an_edge_needs_guidance(pipe: MCTDPipeline) -> None:
+    with pytest.raises(
+        ConfigError, match=r"guidance 9\.5 of an edge needs .* guidance_scale above"
+    ):
+        search(pipe, search=EveryMove(), compute=8, guidance_scale=1.0)
 
 
 def test_every_finished_sample_has_a_recipe(pipe: MCTDPipeline) -> None:
