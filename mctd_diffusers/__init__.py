@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from mctd_diffusers.rewards.weighted_sum import WeightedSum
     from mctd_diffusers.search.strategies.beam import Beam
     from mctd_diffusers.search.strategies.best_of_n import BestOfN
+    from mctd_diffusers.search.strategies.draft_refine import DraftRefine
+    from mctd_diffusers.search.strategies.dts import DTS
     from mctd_diffusers.search.strategies.mctd import MCTD
 
 __version__ = "0.1.0"
@@ -45,6 +47,7 @@ EMBEDDED_MODEL = str(Path(__file__).parent / "embedded")
 """Folder of the model that ships in the box, for ``MCTDPipeline.from_pretrained``."""
 
 _MODULES = {
+    "DTS": "search.strategies.dts",
     "MCTD": "search.strategies.mctd",
     "Beam": "search.strategies.beam",
     "BestOfN": "search.strategies.best_of_n",
@@ -52,6 +55,7 @@ _MODULES = {
     "CapacityError": "errors",
     "ClipReward": "rewards.clip",
     "ConfigError": "errors",
+    "DraftRefine": "search.strategies.draft_refine",
     "ImageSearch": "results",
     "JpegCompressibility": "rewards.jpeg",
     "MCTDError": "errors",
@@ -72,6 +76,7 @@ _MODULES = {
 """Public name -> the module that defines it."""
 
 __all__ = [
+    "DTS",
     "EMBEDDED_MODEL",
     "MCTD",
     "Beam",
@@ -80,6 +85,7 @@ __all__ = [
     "CapacityError",
     "ClipReward",
     "ConfigError",
+    "DraftRefine",
     "ImageSearch",
     "JpegCompressibility",
     "MCTDError",

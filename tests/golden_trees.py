@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mctd_diffusers.search.runner import Strategy
-from mctd_diffusers.search.strategies import MCTD, Beam, BestOfN
+from mctd_diffusers.search.strategies import DTS, MCTD, Beam, BestOfN, DraftRefine
 from tests.by_hand import columns_of
 from tests.toys import search, small_environment
 
@@ -19,11 +19,13 @@ FOLDER: Final = Path(__file__).parent / "golden"
 SEARCHES: Final[dict[str, Strategy]] = {
     "best_of_n": BestOfN(wave_size=2),
     "beam": Beam(),
+    "draft_refine": DraftRefine(draft_stride=2),
+    "dts": DTS(temperature=0.5, widening_constant=1.0, widening_exponent=0.5, wave_size=2),
     "mctd": MCTD(),
 }
 """Name of a golden tree -> its search, with the settings that a user gets by that name."""
 NUM_STEPS: Final = 4
-NFE: Final = {"best_of_n": 12, "beam": 22, "mctd": 22}
+NFE: Final = {"best_of_n": 12, "beam": 22, "draft_refine": 22, "dts": 30, "mctd": 22}
 
 
 def path_of(name: str) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from mctd_diffusers.search.runner import Strategy
-from mctd_diffusers.search.strategies import MCTD, Beam, BestOfN
+from mctd_diffusers.search.strategies import DTS, MCTD, Beam, BestOfN, DraftRefine
 from mctd_diffusers.search.tree import DRAW, ROOT, STEP, Tree, add_child
 
 root_seeds = st.integers(0, 2**63 - 1)
@@ -61,7 +61,31 @@ def built(kind: type[Strategy], **settings: Any) -> Strategy:
 
 
 best_of_n = st.builds(
-    partial(built, BestOfN), n=st.none() | st.integers(1, 5), wave_size=st.integers(1, 5)
+    partial(built, BestOfN),
+    n=st.none() | st.integers(1, 5),
+    stride=st.integers(1, 4),
+    wave_size=st.integers(1, 5),
+)
+draft_refines = st.builds(
+    partial(built, DraftRefine),
+    draft_stride=st.none() | st.integers(1, 5),
+    refine=st.integers(0, 4),
+    refine_share=st.sampled_from((0.0, 0.3, 0.7, 1.0)),
+    refine_stride=st.integers(1, 3),
+    resume_at=st.sampled_from((0.0, 0.4, 0.8, 1.0)),
+    wave_size=st.integers(1, 4),
+)
+dtss = st.builds(
+    partial(built, DTS),
+    select=st.sampled_from(("boltzmann", "uct")),
+    temperature=st.none() | st.sampled_from((0.01, 1.0)),
+    exploration=st.sampled_from((0.0, 0.5, 2.0)),
+    widening_constant=st.sampled_from((1.0, 2.0)),
+    widening_exponent=st.sampled_from((0.5, 0.8, 1.0)),
+    branch_levels=st.sampled_from(((), (1.0, 0.8, 0.6, 0.4, 0.2), (0.5,), (0.1, 0.0))),
+    stride=st.integers(1, 4),
+    wave_size=st.integers(1, 6),
+    branch_eta=st.sampled_from((0.0, 0.5, 1.0)),
 )
 beams = st.builds(
     partial(built, Beam),
@@ -84,4 +108,4 @@ mctds = st.builds(
     finish=st.integers(1, 3),
     backup=st.sampled_from(("max", "mean", "soft")),
 )
-searches = best_of_n | beams | mctds
+searches = best_of_n | beams | draft_refines | dtss | mctds

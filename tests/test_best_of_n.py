@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from mctd_diffusers.evaluation.ground_truth import MixtureEnvironment
 from mctd_diffusers.search.strategies import BestOfN
-from mctd_diffusers.search.tree import ROOT
+from mctd_diffusers.search.tree import ROOT, STEP
 from tests.toys import linear_gaussian, search, small_environment
 
 
@@ -50,17 +51,20 @@ def test_the_best_reward_is_that_of_order_statistics(
 
 
 @settings(max_examples=15)
-@given(st.none() | st.integers(1, 6), st.integers(1, 5), st.integers(1, 40))
+@given(st.none() | st.integers(1, 6), st.integers(1, 5), st.integers(1, 8), st.integers(1, 40))
 def test_it_draws_n_samples_or_as_many_as_are_paid_for(
-    n: int | None, wave_size: int, nfe: int
+    n: int | None, wave_size: int, stride: int, nfe: int
 ) -> None:
-    num_steps = 3
-    nfe = max(nfe, num_steps)
-    (result,) = search(BestOfN(n=n, wave_size=wave_size), small_environment(1, num_steps), nfe=nfe)
-    paid = nfe // num_steps
+    num_steps = 7
+    edges = math.ceil(num_steps / stride)
+    strategy = BestOfN(n=n, wave_size=wave_size, stride=stride)
+    assert strategy.least_nfe(num_steps) == edges
+    nfe = max(nfe, edges)
+    (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
+    paid = nfe // edges
     count = paid if n is None else min(n, paid)
     assert len(result.finished) == count
-    assert result.spent.nfe == count * num_steps
+    assert result.spent.nfe == count * edges
     assert result.spent.decodes == result.spent.reward_calls == count
     assert result.spent.previews == 0
     assert result.stop_reason == ("exhausted" if count == n else "budget")
@@ -69,6 +73,7 @@ def test_it_draws_n_samples_or_as_many_as_are_paid_for(
     assert len(tree.children(ROOT)) == count
     assert all(len(tree.children(node)) <= 1 for node in range(1, tree.num_nodes))
     assert np.isnan(tree.eta).all()
+    assert tree.stride[tree.move == STEP].max() == min(stride, num_steps)
 
 
 def test_a_greater_n_finds_the_same_samples_and_more() -> None:

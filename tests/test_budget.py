@@ -57,6 +57,29 @@ def test_what_is_left_is_affordable_and_one_more_is_not(
     assert account.nfe_left_for(values_per_nfe=values) >= 0
 
 
+@given(
+    st.none() | st.integers(1, 200),
+    st.none() | st.floats(0.5, 500),
+    st.integers(0, 50),
+    st.integers(0, 5),
+    st.integers(0, 2),
+    st.integers(0, 40),
+    st.sampled_from((0, 3, 1000, UNLIMITED)),
+)
+def test_it_counts_what_is_affordable_besides_something_else(
+    nfe: int | None, cost: float | None, spent: int, each: int, rewards: int, kept: int, most: int
+) -> None:
+    account = Account(Budget(nfe, cost), PRICES)
+    account.update(account.price(nfe=spent, values=spent))
+    one, besides = account.price(nfe=each, rewards=rewards), account.price(nfe=kept, rewards=1)
+    count = account.affordable(one, most, besides=besides)
+    assert 0 <= count <= most
+    if count:
+        assert account.affords(one * count + besides)
+    if count < most:
+        assert not account.affords(one * (count + 1) + besides)
+
+
 def test_cost_counts_rows_decodes_and_reward_calls() -> None:
     account = Account(Budget(cost=20), Prices(decode=3, preview=0.5, reward_call=0.25), 2)
     price = account.price(nfe=4, values=3, rewards=1)

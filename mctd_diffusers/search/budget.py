@@ -21,6 +21,7 @@ REWARD_SPENDS: Final = Counts(decodes=1, reward_calls=1)
 """What scoring one finished sample spends."""
 
 UNLIMITED: Final = sys.maxsize
+_NOTHING: Final = Counts()
 _ROUNDING = 1e-9  # row-equivalents are sums of measured floats
 
 
@@ -101,6 +102,27 @@ class Account:
             return True
         cost = self.prices.cost(self.spent) + self.prices.cost(counts)
         return cost <= self.budget.cost + _ROUNDING
+
+    def affordable(self, each: Counts, most: int, *, besides: Counts = _NOTHING) -> int:
+        """How many times ``each``, at most ``most``, can be spent on top of what is spent.
+
+        Args:
+            each: what one of them spends.
+            most: bound on the answer, where the budget has none.
+            besides: what must be left for something else.
+        """
+        if not self.affords(besides):
+            return 0
+        count = most
+        if self.budget.nfe is not None and each.nfe:
+            nfe = self.budget.nfe - self.spent.nfe - besides.nfe
+            count = min(count, nfe // each.nfe)
+        if self.budget.cost is not None and (price := self.prices.cost(each)):
+            cost = self.budget.cost - self.prices.cost(self.spent) - self.prices.cost(besides)
+            count = min(count, math.floor(cost / price) + 1)  # rounding may favour one more
+        while count > 0 and not self.affords(each * count + besides):
+            count -= 1
+        return max(count, 0)
 
     def nfe_left_for(self, *, values_per_nfe: float = 1.0, rewards: int = 1) -> int:
         """Evaluations that the tighter bound still pays, together with what comes with them.

@@ -9,13 +9,26 @@ from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.runner import Strategy
 from mctd_diffusers.search.strategies.beam import Beam
 from mctd_diffusers.search.strategies.best_of_n import BestOfN
+from mctd_diffusers.search.strategies.draft_refine import DraftRefine
+from mctd_diffusers.search.strategies.dts import DTS
 from mctd_diffusers.search.strategies.mctd import MCTD
 
-__all__ = ["MCTD", "PRESETS", "STRATEGIES", "Beam", "BestOfN", "resolve_strategy"]
+__all__ = [
+    "DTS",
+    "MCTD",
+    "PRESETS",
+    "STRATEGIES",
+    "Beam",
+    "BestOfN",
+    "DraftRefine",
+    "resolve_strategy",
+]
 
 STRATEGIES: Final[dict[str, type[Strategy]]] = {
     "best_of_n": BestOfN,
     "beam": Beam,
+    "draft_refine": DraftRefine,
+    "dts": DTS,
     "mctd": MCTD,
 }
 """Name of a search -> its class, whose defaults are the search of that name."""
@@ -23,6 +36,9 @@ STRATEGIES: Final[dict[str, type[Strategy]]] = {
 PRESETS: Final[dict[str, Strategy]] = {
     "svdd": Beam(),
     "code": Beam(block=5),
+    "dts*": DTS(select="uct"),
+    "dts-star": DTS(select="uct"),
+    "flash-bon": DraftRefine(),
 }
 """Published name -> the search with the settings that are that method."""
 
