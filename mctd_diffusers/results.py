@@ -25,7 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.errors import ConfigError, SearchError
 from mctd_diffusers.search.environment import Counts, Ledger, Prices
 from mctd_diffusers.search.runner import Finished, SearchResult
 from mctd_diffusers.search.tree import DRAW, PERTURB, RENOISE, STEP, Tree, path_to_root
@@ -177,6 +177,11 @@ class ImageSearch:
     def stop_reason(self) -> str:
         """Why the search ended: budget, exhausted, time, interrupted or error."""
         return self.result.stop_reason
+
+    @property
+    def error(self) -> SearchError | None:
+        """What went wrong with this image alone, while the others went on."""
+        return self.result.error
 
     @property
     def history(self) -> list[tuple[int, float]]:

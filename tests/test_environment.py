@@ -590,7 +590,9 @@ def test_released_handles_are_refused_everywhere(unet: Any, vae: Any) -> None:
             refused(handles)
 
 
-def test_an_error_of_the_reward_keeps_its_handles_and_what_was_scored(unet: Any, vae: Any) -> None:
+def test_an_error_of_the_reward_names_its_handles_and_changes_no_sample(
+    unet: Any, vae: Any
+) -> None:
     world = World(unet, vae)
     environment = world.environment
     finished = advance(environment, world.start(0, 1, 2, 0, 1), [8])
@@ -598,8 +600,9 @@ def test_an_error_of_the_reward_keeps_its_handles_and_what_was_scored(unet: Any,
     with pytest.raises(NonFiniteRewardError) as error:
         environment.reward(finished)
     assert error.value.handles == (finished[4],)
-    environment.reward(finished[:4])  # known already
-    assert len(world.reward.sizes) == 2
+    assert all(sample["reward"] is None for sample in environment.export(finished))
+    environment.reward(finished[:4])
+    assert len(world.reward.sizes) == 3
 
 
 def test_prompts_and_first_latents_must_agree(unet: Any, vae: Any) -> None:

@@ -176,10 +176,12 @@ class LatentEnvironment:
         """
         samples = self._evaluated(handles)
         fresh = _handles_of(samples, handles, [sample.value is None for sample in samples])
+        values: list[float] = []
         for chunk, some in self._in_calls(list(fresh)):
             images = self._decode(self._denoised_of(some), chunk, some, preview=True)
-            for sample, value in zip(some, self._score(images, chunk, fresh), strict=True):
-                sample.value = value
+            values += self._score(images, chunk, fresh)
+        for sample, value in zip(fresh, values, strict=True):
+            sample.value = value
         return np.array([sample.value for sample in samples], dtype=np.float64)
 
     @torch.no_grad()
@@ -193,10 +195,12 @@ class LatentEnvironment:
         samples = self._finished(handles)
         fresh = _handles_of(samples, handles, [sample.reward is None for sample in samples])
         self._make(list(fresh))
+        rewards: list[float] = []
         for chunk, some in self._in_calls(list(fresh)):
             images = self._decode(self._latents_of(some), chunk, some, preview=False)
-            for sample, reward in zip(some, self._score(images, chunk, fresh), strict=True):
-                sample.reward = reward
+            rewards += self._score(images, chunk, fresh)
+        for sample, reward in zip(fresh, rewards, strict=True):
+            sample.reward = reward
         return np.array([sample.reward for sample in samples], dtype=np.float64)
 
     def renoise(self, handles: Handles, step_index: int, seeds: Seeds) -> Handles:
@@ -245,9 +249,22 @@ class LatentEnvironment:
         self._make(samples)
         return [_exported(sample) for sample in samples]
 
-    def restore(self, saved: Sequence[dict[str, Any]]) -> Handles:
-        """Samples back from :meth:`export`, under new handles."""
-        return self._samples.add(_restored(sample, self._samples.storage) for sample in saved)
+    def restore(
+        self,
+        saved: Sequence[dict[str, Any]],
+        handles: Handles | None = None,
+        *,
+        num_handles: int = 0,
+    ) -> Handles:
+        """Samples back from :meth:`export`, under new handles or those given; see `Environment`.
+
+        Raises:
+            ConfigError: there are ``handles``, and samples already.
+        """
+        samples = [_restored(sample, self._samples.storage) for sample in saved]
+        if handles is None:
+            return self._samples.add(samples)
+        return self._samples.put_back(samples, handles, num_handles)
 
     def release(self, handles: Handles) -> None:
         """Forget samples; their lazy children stay good.

@@ -20,7 +20,7 @@ from torch import Tensor
 from mctd_diffusers.denoising.protocols import Outputs
 from mctd_diffusers.denoising.stepper import SolverState
 from mctd_diffusers.errors import CapacityError
-from mctd_diffusers.search.environment import Action, Handles
+from mctd_diffusers.search.environment import Action, Handles, check_unused
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,17 @@ class Latents:
             self._samples[self._next] = sample
             self._next += 1
         return np.arange(first, self._next, dtype=np.int64)
+
+    def put_back(self, samples: Iterable[Sample], handles: Handles, num_handles: int) -> Handles:
+        """Take in samples under the names that they had; new ones count on from ``num_handles``.
+
+        Raises:
+            ConfigError: there are samples already.
+        """
+        check_unused(handles, self._next)
+        self._samples.update(zip(handles.tolist(), samples, strict=True))
+        self._next = max(num_handles, int(handles.max(initial=-1)) + 1)
+        return handles
 
     def __getitem__(self, handles: Handles) -> list[Sample]:
         """The samples of ``handles``, in order; an entry may be named twice.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from mctd_diffusers.search.environment import (
     Prices,
     Seeds,
     Values,
+    check_unused,
 )
 from mctd_diffusers.search.settings import check_setting
 
@@ -446,14 +447,27 @@ class MixtureEnvironment:
         return self._add(self._mean[rows], noise, self._std[rows], stands, self._problem[rows])
 
     def export(self, handles: Handles) -> Any:
-        """Copy of the samples: means, noise and deviations, step indices and problems."""
+        """Copy of the samples: ``[batch, ...]`` columns, with their evaluations and rewards."""
         rows = self._known(handles)
-        columns = (self._mean, self._noise, self._std, self._step_index, self._problem)
-        return tuple(column[rows].copy() for column in columns)
+        return {name: getattr(self, f"_{name}")[rows].copy() for name in _SAVED}
 
-    def restore(self, saved: Any) -> Handles:
-        """Samples back from ``export``, under new handles, not evaluated."""
-        return self._add(*saved)
+    def restore(
+        self, saved: Any, handles: Handles | None = None, *, num_handles: int = 0
+    ) -> Handles:
+        """Samples back from ``export``, under new handles or those given; see `Environment`."""
+        columns = [saved[name] for name in ("mean", "noise", "std", "step_index", "problem")]
+        if handles is None:
+            handles = self._add(*columns)
+        else:
+            check_unused(handles, self._num_samples)
+            size = max(num_handles, int(handles.max(initial=-1)) + 1)
+            self._add(*(np.zeros((size, *column.shape[1:]), column.dtype) for column in columns))
+            self._released[:size] = True
+            self._released[handles] = False
+            self._x[handles] = saved["mean"] + saved["std"][:, None] * saved["noise"]
+        for name in _SAVED:
+            getattr(self, f"_{name}")[handles] = saved[name]
+        return handles
 
     def release(self, handles: Handles) -> None:
         """Forget samples; their handles are never used again."""
@@ -586,6 +600,11 @@ def ddim_std(
     """Standard deviation of the noise that :func:`ddim_step` injects; its arguments are those."""
     share = np.sqrt(np.maximum(1 - (alpha / alpha_next) ** 2, 0))
     return np.asarray(eta * sigma_next / sigma * share)
+
+
+_SAVED: Final = (
+    "mean", "noise", "std", "step_index", "problem", "evaluated", "denoised", "reward"
+)  # fmt: skip
 
 
 def _noise(seed: int, dimensions: int) -> Floats:

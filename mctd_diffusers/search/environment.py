@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from mctd_diffusers.errors import ConfigError
+
 Handles: TypeAlias = npt.NDArray[np.int64]
 """``[batch]`` ids of samples in an environment; never reused, so an id is also a date."""
 Values: TypeAlias = npt.NDArray[np.float64]
@@ -136,6 +138,19 @@ class Ledger:
         return self.prices.cost(self.total)
 
 
+def check_unused(handles: Handles, num_given: int) -> None:
+    """Refuse to restore samples under handles of their own where others were given before.
+
+    Raises:
+        ConfigError: there are samples already, or a handle stands there twice.
+    """
+    if num_given or len(np.unique(handles)) != len(handles):
+        raise ConfigError(
+            f"samples cannot be restored under {len(handles)} handles of their own where "
+            f"{num_given} were given already: restore each once, into a new environment."
+        )
+
+
 # The requests: what a strategy yields. ``problem`` is not named in them: the runner knows whose
 # generator it is asking.
 
@@ -232,7 +247,8 @@ tuple of replies)."""
 class Environment(Protocol):
     """The world of a search: many images (problems), each with samples named by handles.
 
-    Every method takes and returns batches across all images. Attributes:
+    Every method takes and returns batches across all images. A method that raises leaves the
+    samples as they were (the ledger keeps what was spent). Attributes:
         num_steps: steps of the schedule; a sample at ``step_index == num_steps`` is finished.
         ledger: what was spent.
         free_guidance: whether an action may name a guidance: it is arithmetic on two outputs that
@@ -285,8 +301,18 @@ class Environment(Protocol):
         """Copy of the samples, in a form that ``restore`` takes."""
         ...
 
-    def restore(self, saved: Any) -> Handles:
-        """Samples back from ``export``, under new handles."""
+    def restore(
+        self, saved: Any, handles: Handles | None = None, *, num_handles: int = 0
+    ) -> Handles:
+        """Samples back from ``export``, with what was known of them.
+
+        Args:
+            saved: what ``export`` gave.
+            handles: names to restore them under, of which no sample has been given any yet; new
+                ones by default.
+            num_handles: so many handles were given where ``handles`` come from; new ones count on
+                from there.
+        """
         ...
 
     def release(self, handles: Handles) -> None:

@@ -5,11 +5,16 @@ for replies. Cheap requests (release, reset, step, renoise, perturb) are answere
 coroutines wait for something expensive, the kind with the most samples pending (denoise, value or
 reward) is answered in one call across all images, so that calls are as full as they can be. The
 runner writes what the world answered into each image's tree, keeps every finished sample, and
-stops for budget, time or Ctrl-C with the best of them.
+stops for budget, time or Ctrl-C with the best of them. An image whose own call fails is put aside,
+and the others go on.
+
+Nothing but the answers of the environment decides what happens, so a :class:`SearchLog` of them is
+a saved search: the same loop reads the log first, and asks the environment when the log is read.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +32,7 @@ from mctd_diffusers.search.environment import (
     Denoise,
     Environment,
     Handles,
+    Ledger,
     Perturb,
     Release,
     Renoise,
@@ -38,6 +44,7 @@ from mctd_diffusers.search.environment import (
     Value,
     Values,
 )
+from mctd_diffusers.search.log import Answer, SearchLog, checksum, counts_of, row_of
 from mctd_diffusers.search.moves import complete, gather
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.tree import (
@@ -55,9 +62,12 @@ __all__ = [
     "Wave",
     "check_budget",
     "gather",
+    "rebuild",
     "replay",
     "run_search",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -120,6 +130,7 @@ class SearchResult:
         stop_reason: why it ended.
         history: ``(nfe, best reward so far)`` at every sample that was better than those before.
         replies: the log of replies; :func:`replay` rebuilds the search from it.
+        error: what ended it, where ``stop_reason`` is ``"error"`` and it was this image's own.
     """
 
     strategy: str
@@ -130,6 +141,7 @@ class SearchResult:
     stop_reason: StopReason
     history: list[tuple[int, float]]
     replies: list[Reply]
+    error: SearchError | None = None
 
     @property
     def best(self) -> Finished | None:
@@ -161,6 +173,7 @@ def run_search(
     seconds: float | None = None,
     on_wave: Callable[[Wave], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    log: SearchLog | None = None,
 ) -> list[SearchResult]:
     """Search all ``problems`` with one strategy, in shared waves.
 
@@ -170,45 +183,49 @@ def run_search(
         problems: the images; each with its own budget, of different ``index``.
         seconds: wall-clock bound for the call. When it is over, every image still completes its
             first finished sample, without further search; then the search stops.
-        on_wave: called after each denoise, value or reward call.
+        on_wave: called after each denoise, value or reward call; the log is whole then.
         clock: seconds; a parameter for tests.
+        log: is written. One that holds answers is read first, and the search goes on from there as
+            if it had never stopped, bit for bit; ``environment`` must hold the samples that are
+            live after the last answer, under their handles (``Environment.restore``).
 
     Returns:
         One result for each problem, in order.
 
     Raises:
         BudgetError: a budget cannot pay for one sample; before the first call of the environment.
-        SearchError: an error inside the environment; ``partial`` holds the results so far. Also a
-            strategy that asks for more than its budget pays.
+        SearchError: an error inside the environment, when all images that it does not concern are
+            searched to their ends; ``partial`` holds all results. Also a strategy that asks for
+            more than its budget pays.
+        ConfigError: the log does not fit: it is of another search.
         KeyboardInterrupt: Ctrl-C while no image had a finished sample; otherwise Ctrl-C ends the
             search with what is found, and ``stop_reason`` says so.
     """
-    indices = [problem.index for problem in problems]
-    if len(set(indices)) != len(indices):
-        raise ConfigError(f"problems have indices {indices}; each image needs its own.")
+    _check_indices(problems)
     if seconds is not None and seconds <= 0:
         raise ConfigError(f"time budget is {seconds!r} seconds; give a number above 0.")
-    deadline = None if seconds is None else clock() + seconds
     for problem in problems:
         check_budget(strategy, problem)
-    images = [_Image(strategy, environment, problem) for problem in problems]
-    queue = _Queue(environment)
+    images = [_Image(strategy, environment.ledger, problem) for problem in problems]
+    queue = _Queue(images, environment.ledger, log, environment)
+    log = queue.log
+    started = 0.0 if seconds is None else clock() - log.seconds
     try:
-        for image in images:
-            queue.add(image.start())
+        queue.start()
         while (kind := queue.next_kind()) is not None:
-            size = queue.answer(kind)
+            size, is_new = queue.answer(kind)
             if kind in _CHEAP:
                 continue
-            if on_wave is not None:
+            if is_new and seconds is not None and log.time_up_after is None:
+                log.seconds = clock() - started
+                if log.seconds >= seconds:
+                    log.time_up_after = queue.num_answers
+            if log.time_up_after == queue.num_answers:
+                queue.stop_for_time()
+            if is_new and on_wave is not None:
                 spent = [image.problem.account.spent.nfe for image in images]
                 best = [image.best_reward for image in images]
                 on_wave(Wave(kind.__name__.lower(), size, spent, best))
-            if deadline is not None and clock() >= deadline:
-                deadline = None
-                queue.clear()
-                for image in images:
-                    queue.add(image.stop_for_time())
     except KeyboardInterrupt:
         if not any(image.finished for image in images):
             raise
@@ -219,7 +236,41 @@ def run_search(
             image.stop("error")
         error.partial = [image.result() for image in images]
         raise
+    failed = [image.error for image in images if image.error is not None]
+    if failed:
+        failed[0].partial = [image.result() for image in images]
+        raise failed[0]
     return [image.result() for image in images]
+
+
+def rebuild(strategy: Strategy, problems: Sequence[Problem], log: SearchLog) -> list[SearchResult]:
+    """Rebuild the search of all ``problems`` from its log, without an environment.
+
+    Returns:
+        One result for each problem, in order; ``stop_reason`` is ``"interrupted"`` where the log
+        ends before the search.
+
+    Raises:
+        ConfigError: the log is of another search.
+    """
+    _check_indices(problems)
+    ledger = Ledger()
+    images = [_Image(strategy, ledger, problem) for problem in problems]
+    queue = _Queue(images, ledger, log, None)
+    queue.start()
+    while queue.num_answers < len(log.answers) and (kind := queue.next_kind()) is not None:
+        queue.answer(kind)
+        if kind in _EXPENSIVE and log.time_up_after == queue.num_answers:
+            queue.stop_for_time()
+    for image in images:
+        image.stop("interrupted")
+    return [image.result() for image in images]
+
+
+def _check_indices(problems: Sequence[Problem]) -> None:
+    indices = [problem.index for problem in problems]
+    if len(set(indices)) != len(indices):
+        raise ConfigError(f"problems have indices {indices}; each image needs its own.")
 
 
 def check_budget(strategy: Strategy, problem: Problem) -> None:
@@ -332,15 +383,15 @@ class _Leaf:
 class _Image:
     """One image under search: its coroutine, what it waits for, and what it has found."""
 
-    def __init__(self, strategy: Strategy, environment: Environment, problem: Problem) -> None:
+    def __init__(self, strategy: Strategy, ledger: Ledger, problem: Problem) -> None:
         self.problem = problem
         self.finished: list[Finished] = []
         self.history: list[tuple[int, float]] = []
         self.best_reward: float | None = None
         self.replies: list[Reply] = []
+        self.error: SearchError | None = None
+        self.before = ledger.spent(problem.index)
         self._name = strategy.name
-        self._ledger = environment.ledger
-        self._before = environment.ledger.spent(problem.index)
         self._coroutine = strategy.search(problem)
         self._asked: _Asked = None
         self._open: list[_Leaf] = []
@@ -351,15 +402,12 @@ class _Image:
         """Run up to the first requests."""
         return self._advance(None)
 
-    def take(self, leaf: _Leaf, result: Any) -> list[_Leaf]:
+    def take(self, leaf: _Leaf, reply: Reply) -> list[_Leaf]:
         """Record the answer to one leaf; returns the next requests if it was the last one open."""
-        spent = self._ledger.spent(self.problem.index)
-        if self._before.rows:
-            spent = spent - self._before
-        leaf.reply = Reply(result, spent)
-        _record(self.problem, leaf.request, leaf.reply)
+        leaf.reply = reply
+        _record(self.problem, leaf.request, reply)
         if isinstance(leaf.request, Reward):
-            self._keep(leaf.request.handles, result, spent.nfe)
+            self._keep(leaf.request.handles, reply.result, reply.spent.nfe)
         self._num_open -= 1
         if self._num_open:
             return []
@@ -372,6 +420,11 @@ class _Image:
         if self._stop_reason is None:
             self._stop_reason = reason
             self._coroutine.close()
+
+    def fail(self, error: SearchError) -> None:
+        """End the search for what went wrong with this image alone."""
+        self.error = error
+        self.stop("error")
 
     def stop_for_time(self) -> list[_Leaf]:
         """End the search, or let it complete its first sample; returns the requests for that."""
@@ -395,6 +448,7 @@ class _Image:
             stop_reason=self._stop_reason or "budget",
             history=self.history,
             replies=self.replies,
+            error=self.error,
         )
 
     def _complete_in_time(self) -> Asks:
@@ -445,31 +499,48 @@ class _Image:
 
 
 class _Queue:
-    """Pending requests of all images, by kind."""
+    """Pending requests of all images, by kind, and the log by which they are answered first."""
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(
+        self,
+        images: Sequence[_Image],
+        ledger: Ledger,
+        log: SearchLog | None,
+        environment: Environment | None,
+    ) -> None:
+        self.log = SearchLog() if log is None else log
+        self.num_answers = 0
+        self._images = images
+        self._is_logged = log is not None
+        self._ledger = ledger
+        self._before = ledger.total
         self._environment = environment
         self._leaves: dict[type[Request], list[_Leaf]] = {
             kind: [] for kind in (*_CHEAP, *_EXPENSIVE)
         }
         self._num_samples = dict.fromkeys(_EXPENSIVE, 0)
+        self._aside: dict[_Image, list[_Leaf]] = {}
+        self._time_is_up = False
 
-    def add(self, leaves: Iterable[_Leaf]) -> None:
-        """Append pending requests."""
-        for leaf in leaves:
-            kind = type(leaf.request)
-            self._leaves[kind].append(leaf)
-            if kind in self._num_samples:
-                self._num_samples[kind] += _size(leaf.request)
+    def start(self) -> None:
+        """Let every image ask for the first time."""
+        for image in self._images:
+            self._add(image.start())
 
-    def clear(self) -> None:
-        """Forget all pending requests."""
-        for kind in self._leaves:
-            self._leaves[kind] = []
-        self._num_samples = dict.fromkeys(_EXPENSIVE, 0)
+    def stop_for_time(self) -> None:
+        """Forget what is pending, and let every image complete its first sample; once."""
+        if self._time_is_up:
+            return
+        self._time_is_up = True
+        self._replace_leaves([])
+        for image in self._images:
+            if image not in self._aside:
+                self._add(image.stop_for_time())
 
     def next_kind(self) -> type[Request] | None:
         """Kind to answer now: any cheap one, else the expensive one with the most samples."""
+        if self._aside and self._log_is_read:
+            self._take_up_again()
         for kind in _CHEAP:
             if self._leaves[kind]:
                 return kind
@@ -478,20 +549,167 @@ class _Queue:
             return kind
         return next((kind for kind in _EXPENSIVE if self._leaves[kind]), None)
 
-    def answer(self, kind: type[Request]) -> int:
-        """Answer all pending requests of a kind in one call; returns the number of samples."""
+    def answer(self, kind: type[Request]) -> tuple[int, bool]:
+        """Answer all pending requests of a kind in one call.
+
+        Returns:
+            The number of samples, and whether the environment was asked, not the log.
+        """
         leaves = self._leaves[kind]
         self._leaves[kind] = []
         if kind in self._num_samples:
             self._num_samples[kind] = 0
-        sizes = [_size(leaf.request) for leaf in leaves]
-        result = _CALLS[kind](self._environment, leaves, sizes)
+        is_new = self._log_is_read
+        replies = self._ask(kind, leaves) if is_new else self._read(kind, leaves)
+        for leaf, reply in zip(leaves, replies, strict=True):
+            if reply is not None:
+                self._add(leaf.image.take(leaf, reply))
+            else:
+                self._aside.setdefault(leaf.image, []).append(leaf)
+        if None in replies:
+            self._put_aside()
+        return sum(_size(leaf.request) for leaf in leaves), is_new
+
+    @property
+    def _log_is_read(self) -> bool:
+        return self.num_answers == len(self.log.answers)
+
+    def _add(self, leaves: Iterable[_Leaf]) -> None:
+        """Append pending requests."""
+        for leaf in leaves:
+            kind = type(leaf.request)
+            self._leaves[kind].append(leaf)
+            if kind in self._num_samples:
+                self._num_samples[kind] += _size(leaf.request)
+
+    def _replace_leaves(self, leaves: Iterable[_Leaf]) -> None:
+        """Let other requests be pending than before."""
+        for kind in self._leaves:
+            self._leaves[kind] = []
+        self._num_samples = dict.fromkeys(_EXPENSIVE, 0)
+        self._add(leaves)
+
+    def _put_aside(self) -> None:
+        """Take what images that failed have still pending out of the waves."""
+        pending = [leaf for leaves in self._leaves.values() for leaf in leaves]
+        for leaf in pending:
+            if leaf.image in self._aside:
+                self._aside[leaf.image].append(leaf)
+        self._replace_leaves(leaf for leaf in pending if leaf.image not in self._aside)
+
+    def _take_up_again(self) -> None:
+        """Ask again what failed when the log was written; what failed now is over."""
+        aside, self._aside = self._aside, {}
+        for image, leaves in aside.items():
+            if image.error is None:
+                self._add(image.stop_for_time() if self._time_is_up else leaves)
+
+    def _ask(self, kind: type[Request], leaves: list[_Leaf]) -> list[Reply | None]:
+        """Replies of the environment, and the log's next entry; ``None`` where an image failed."""
+        results = self._results(kind, leaves)
+        spent = {leaf.image: self._ledger.spent(leaf.image.problem.index) for leaf in leaves}
+        for image, counts in spent.items():
+            if image.before.rows:
+                spent[image] = counts - image.before
+        if self._is_logged and any(result is not _FAILED for result in results):
+            self.log.answers.append(
+                Answer(
+                    kind.__name__.lower(),
+                    _checksum_of(leaves),
+                    _joined(kind, leaves, results),
+                    np.array([result is not _FAILED for result in results]),
+                    np.stack([row_of(spent[leaf.image]) for leaf in leaves]),
+                    row_of(self._ledger.total - self._before),
+                )
+            )
+            self.num_answers += 1
+        return [
+            None if result is _FAILED else Reply(result, spent[leaf.image])
+            for leaf, result in zip(leaves, results, strict=True)
+        ]
+
+    def _results(self, kind: type[Request], leaves: list[_Leaf]) -> list[Any]:
+        """What the environment says to each request; ``_FAILED`` where it fails for that image."""
+        assert self._environment is not None
+        before = dict(self._ledger.by_problem)
+        try:
+            return _call(self._environment, kind, leaves)
+        except SearchError as error:
+            # What the failed call did is spent in all, but by no image.
+            self._ledger.by_problem = before
+            images = list(dict.fromkeys(leaf.image for leaf in leaves))
+            if len(images) == 1:
+                logger.warning("the search of image %d ends: %s", images[0].problem.index, error)
+                images[0].fail(error)
+                return [_FAILED] * len(leaves)
+        # One image's trouble is not another's: each is asked for by itself.
+        found: dict[_Leaf, Any] = {}
+        for image in images:
+            mine = [leaf for leaf in leaves if leaf.image is image]
+            found |= zip(mine, self._results(kind, mine), strict=True)
+        return [found[leaf] for leaf in leaves]
+
+    def _read(self, kind: type[Request], leaves: list[_Leaf]) -> list[Reply | None]:
+        """Replies of the log's next entry, which brings the ledger to where it stood."""
+        entry = self.log.answers[self.num_answers]
+        self.num_answers += 1
+        asked = kind.__name__.lower()
+        if (entry.kind, entry.checksum) != (asked, _checksum_of(leaves)):
+            raise ConfigError(
+                f"the log does not fit the search: its answer {self.num_answers} is to another "
+                f"request ({entry.kind}) than this search asks ({asked}); resume it with the "
+                "strategy, the budget and the version that it was saved with."
+            )
+        replies: list[Reply | None] = []
         offset = 0
-        for leaf, size in zip(leaves, sizes, strict=True):
-            part = None if result is None else result[offset : offset + size]
+        for leaf, is_answered, row in zip(leaves, entry.answered, entry.spent, strict=True):
+            if not is_answered:
+                replies.append(None)
+                continue
+            size = _size(leaf.request)
+            result = None if kind in _WITHOUT_RESULT else entry.result[offset : offset + size]
             offset += size
-            self.add(leaf.image.take(leaf, part))
-        return offset
+            spent = counts_of(row)
+            self._ledger.by_problem[leaf.image.problem.index] = leaf.image.before + spent
+            replies.append(Reply(result, spent))
+        self._ledger.total = self._before + counts_of(entry.total)
+        return replies
+
+
+_FAILED: Final = object()
+"""In the place of a result: the call failed for this image."""
+
+_WITHOUT_RESULT: Final = (Denoise, Release)
+
+
+def _call(environment: Environment, kind: type[Request], leaves: Sequence[_Leaf]) -> list[Any]:
+    """One call for requests of a kind; returns the part of each."""
+    sizes = [_size(leaf.request) for leaf in leaves]
+    result = _CALLS[kind](environment, leaves, sizes)
+    if result is None:
+        return [None] * len(leaves)
+    ends = np.cumsum(sizes).tolist()
+    return [result[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def _joined(
+    kind: type[Request], leaves: Sequence[_Leaf], results: Sequence[Any]
+) -> npt.NDArray[Any]:
+    """What an entry of the log keeps: results, or the handles that were released."""
+    empty = np.empty(0, dtype=np.int64)
+    if kind is Denoise:
+        return empty
+    if kind is Release:
+        return _handles_of(leaves)
+    parts = [result for result in results if result is not _FAILED]
+    return np.concatenate(parts) if parts else empty
+
+
+def _checksum_of(leaves: Sequence[_Leaf]) -> int:
+    """Checksum of requests and of the images that ask them."""
+    return checksum(
+        part for leaf in leaves for part in (leaf.image.problem.index, *vars(leaf.request).values())
+    )
 
 
 def _handles_of(leaves: Sequence[_Leaf]) -> npt.NDArray[np.int64]:
