@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mctd_diffusers.search.backups import max_backup, mean_backup, soft_backup
+from mctd_diffusers.search.backups import (
+    SoftValues,
+    max_backup,
+    mean_backup,
+    soft_backup,
+    soft_values,
+)
 from mctd_diffusers.search.tree import DRAW, ROOT, STEP, Tree, add_child, backup
 from tests.strategies import trees
 
@@ -59,3 +65,53 @@ def test_soft_lies_between_the_lowest_and_the_highest(tree: Tree, data: st.DataO
     cold = soft_backup(tree, [ROOT], temperature=1e-3)[0]
     assert cold == pytest.approx(max_backup(tree, [ROOT])[0], abs=0.1)
     assert soft <= cold + 1e-9
+
+
+def soft_value_by_hand(tree: Tree, node: int, temperature: float) -> float:
+    """The definition, child by child."""
+    if tree.visit_count[node] == 0:
+        return math.nan
+    below = [soft_value_by_hand(tree, child, temperature) for child in tree.children(node)]
+    below = [value for value in below if not math.isnan(value)]
+    if not below:
+        return float(tree.total_value[node] / tree.visit_count[node])
+    return temperature * math.log(np.mean([math.exp(value / temperature) for value in below]))
+
+
+@given(trees(), st.data(), st.sampled_from((0.5, 3.0)))
+def test_soft_values_are_those_of_the_definition(
+    tree: Tree, data: st.DataObject, temperature: float
+) -> None:
+    leaves = [node for node in range(tree.num_nodes) if not tree.children(node)]
+    running = SoftValues(tree, temperature)
+    for node in data.draw(st.lists(st.sampled_from(leaves), max_size=12)):
+        backup(tree, node, math.sin(node))
+        running.update(node)
+    everything = range(tree.num_nodes)
+    expected = [soft_value_by_hand(tree, node, temperature) for node in everything]
+    np.testing.assert_allclose(soft_values(tree, temperature), expected, atol=1e-12)
+    np.testing.assert_allclose(running.of(everything), expected, atol=1e-12)
+    running.renew(2 * temperature)
+    np.testing.assert_allclose(running.of(everything), soft_values(tree, 2 * temperature))
+
+
+def test_soft_values_take_in_nodes_that_are_new() -> None:
+    tree, (left, *_) = two_levels()
+    running = SoftValues(tree, 1.0)
+    for handle in range(10, 100):
+        leaf = add_child(
+            tree, left, handle=handle, step_index=1, move=STEP, stride=1, eta=None, seed=0
+        )
+        backup(tree, leaf, float(handle % 7))
+        running.update(leaf)
+    np.testing.assert_allclose(running.of(range(tree.num_nodes)), soft_values(tree, 1.0))
+
+
+def test_a_temperature_near_zero_leaves_the_greatest() -> None:
+    tree, (left, _, one, other, _) = two_levels()
+    running = SoftValues(tree, 1e-300)
+    for node, value in ((one, 1.0), (other, 3.0)):
+        backup(tree, node, value)
+        running.update(node)
+    assert soft_values(tree, 1e-300)[[left, ROOT]].tolist() == [3.0, 3.0]
+    assert running.of([left, ROOT]).tolist() == [3.0, 3.0]

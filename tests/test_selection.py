@@ -6,11 +6,13 @@ import math
 from random import Random
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mctd_diffusers.search.selection import (
     best_first,
+    boltzmann,
     calibrated,
     min_max,
     uct_scores,
@@ -77,3 +79,37 @@ def test_estimates_are_shifted_by_what_siblings_turned_out_to_be() -> None:
 
 def test_best_first_keeps_the_order_of_equals() -> None:
     assert best_first(np.array([1.0, 3.0, 3.0, 2.0])).tolist() == [1, 2, 3, 0]
+
+
+@given(siblings(), st.sampled_from((0.0, 0.1, 1.0, 5.0)), st.sampled_from((0.2, 1.0)))
+def test_uct_is_the_formula_of_redundancy_aware_selection(
+    group: Siblings, weight: float, exploration: float
+) -> None:
+    values, visits, under_way = group
+    scores = uct_scores(
+        values, visits, under_way, exploration=exploration, redundancy_weight=weight
+    )
+    looks = [n + weight * o for n, o in zip(visits, under_way, strict=True)]
+    for score, value, n in zip(scores, values, looks, strict=True):
+        if n == 0:
+            assert score == math.inf
+        else:
+            bonus = math.sqrt(2) * math.sqrt(math.log(max(sum(looks), 1)) / n)
+            assert score == pytest.approx(value + exploration * bonus)
+
+
+def test_a_draw_by_boltzmann_has_the_weights_of_exponentials() -> None:
+    values, temperature, count = np.array([1.0, 3.0, 2.0, -500.0]), 0.7, 20_000
+    generator = np.random.default_rng(0)
+    drawn = np.bincount([boltzmann(values, temperature, generator) for _ in range(count)])
+    weights = np.exp(values / temperature)
+    expected = weights / weights.sum()
+    assert len(drawn) == 3, "the last one has no weight"
+    error = np.sqrt(expected[:3] * (1 - expected[:3]) / count)
+    assert (np.abs(drawn / count - expected[:3]) < 4 * error).all()
+
+
+def test_a_draw_near_zero_temperature_is_the_greatest() -> None:
+    generator = np.random.default_rng(0)
+    for temperature in (1e-3, 1e-300):
+        assert boltzmann(np.array([1.0, 3.0, 2.0]), temperature, generator) == 1

@@ -30,27 +30,47 @@ def uct_scores(
     in_flight: VisitCounts,
     *,
     exploration: float,
+    redundancy_weight: float = 1.0,
 ) -> Values:
     """Upper confidence scores of siblings, with simulations under way counted (WU-UCT).
 
-    ``value + exploration * sqrt(2 ln(N + O) / (n + o))`` after Liu et al. (2020, arXiv 1810.11755,
-    equation 4), ``N`` and ``O`` being sums over the siblings. Without simulations under way it is
-    UCT (Kocsis and Szepesvari, 2006).
+    ``value + exploration * sqrt(2 ln sum(n + w o) / (n + w o))`` after Liu et al. (2020, arXiv
+    1810.11755, equation 4), the sum being over the siblings; the weight ``w`` is that of P-MCTD
+    (2025, arXiv 2506.09498: redundancy-aware selection). Without simulations under way it is UCT
+    (Kocsis and Szepesvari, 2006).
 
     Args:
         value: ``[K]``, as :func:`min_max` gives; ignored where nothing was looked at.
         visit_count: ``[K]`` looks at each sibling.
         in_flight: ``[K]`` looks under way.
         exploration: weight of the bonus, in units of ``value``.
+        redundancy_weight: looks that one under way counts for, at least 0.
 
     Returns:
-        ``[K]`` scores; ``+inf`` where nothing was looked at and nothing is under way.
+        ``[K]`` scores; ``+inf`` where nothing was looked at and nothing under way counts.
     """
-    looks = visit_count + in_flight
+    looks = visit_count + redundancy_weight * in_flight
     new = looks == 0
-    total = np.log(max(int(looks.sum()), 1))
+    total = np.log(max(float(looks.sum()), 1.0))
     bonus = exploration * np.sqrt(2 * total / np.where(new, 1, looks))
     return np.where(new, np.inf, np.where(new, 0.0, value) + bonus)
+
+
+def boltzmann(values: Values, temperature: float, generator: np.random.Generator) -> int:
+    """Draw a sibling with a probability proportional to ``exp(value / temperature)``.
+
+    Args:
+        values: ``[K]`` in reward units, finite, at least one.
+        temperature: in reward units, above 0.
+        generator: gives one uniform number.
+
+    Returns:
+        Its position.
+    """
+    with np.errstate(over="ignore"):  # a temperature near 0 leaves the greatest alone
+        cumulative = np.cumsum(np.exp((values - values.max()) / temperature))
+    position = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
+    return min(int(position), len(values) - 1)  # the product may round up to the sum
 
 
 def calibrated(value: Values, outcome: Values) -> Values:
