@@ -28,6 +28,7 @@ ORDER = [
     {"pipeline"},
     {"families"},
     {"trajectories", "evaluation", "viewing"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

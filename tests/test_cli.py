@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from mctd_diffusers import cli
+from mctd_diffusers.commands import common
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation import judge as judges
 from mctd_diffusers.evaluation.judge import SceneJudge
@@ -49,7 +50,7 @@ def box(
         torch.manual_seed(3)
         SceneJudge(channels=(8, 8, 8)).save_pretrained(folder)
     load = judges.load_judge
-    monkeypatch.setattr(cli, "EMBEDDED_MODEL", str(model))
+    monkeypatch.setattr(common, "EMBEDDED_MODEL", str(model))
     monkeypatch.setattr(resolving, "EMBEDDED_REWARD", model / "reward_model")
     monkeypatch.setattr(judges, "EMBEDDED_JUDGE", folder)
     monkeypatch.setattr(judges, "load_judge", lambda: load(folder))
@@ -166,29 +167,65 @@ def test_demo_draws_one_prompt_of_each_kind_with_trees(
         assert str(tmp_path / name) in out
 
 
-def test_bench_prints_a_verdict_and_goes_on_where_it_was(
+BENCH = ["--steps", "3", "--rows-per-call", "3", "--prompts", "tune"]
+
+
+def test_bench_makes_its_cells_once_and_reports(
     capsys: pytest.CaptureFixture[str], box: Path, tmp_path: Path
 ) -> None:
     arguments = [
-        "bench", "--prompts", "tune", "--limit", 6, "--compute", "2,3", "--search", "beam",
-        "--steps", 3, "--scale", 4, "--rows-per-call", 3, "--output", tmp_path,
+        "bench", "--limit", 6, "--budgets", "3x,2x", "--strategies", "beam,more_steps,best_of_n",
+        "--prompts-per-call", 4, *BENCH, "--out", tmp_path,
     ]  # fmt: skip
     status, out, err = run(capsys, *arguments)
     assert status == 0, err
-    assert "beam passes" in out or "beam does not pass" in out
-    assert "[6/6] best_of_n-c4-s0" in err
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [(row["method"], row["compute"]) for row in results["rows"]] == [
-        ("plain", 1), ("best_of_n", 2), ("beam", 2), ("best_of_n", 3), ("beam", 3),
-        ("best_of_n", 4),
-    ]  # fmt: skip
-    assert all(row["nfe"] <= 3 * row["compute"] for row in results["rows"])
-    assert all(len(row["by_kind"]) == 6 for row in results["rows"])
-    assert results["rows"][0]["cost"] > 6  # the decode and the reward have their price
+    cells = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cells/*/*.json")}
+    assert len(cells) == 2 * (1 + 2 * 3)
+    assert "14/14 cells" in err
     status, again, err = run(capsys, *arguments)
     assert status == 0
-    assert err.count("was there") == 6
     assert again == out
+    assert cells == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cells/*/*.json")}
+    status, reported, _ = run(capsys, *arguments, "--report-only")
+    assert status == 0
+    assert reported == out
+    assert "no cells of this plan" in fails(
+        capsys, *arguments, "--report-only", "--out", tmp_path / "elsewhere"
+    )
+
+
+def test_bench_judges_other_models_by_what_is_named(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a castle\n")
+    Path("own_gold.py").write_text("def fair(images, prompts):\n    return [0.25] * len(images)\n")
+    arguments = [
+        "bench", "--model", model, "--steps", 3, "--rows-per-call", 3, "--prompts", "prompts.txt",
+        "--strategies", "best_of_n", "--budgets", "2x",
+    ]  # fmt: skip
+    assert "the judge in the box cannot read" in fails(capsys, *arguments)
+    assert "'own_gold:light' cannot be had" in fails(capsys, *arguments, "--gold", "own_gold:light")
+    own = ["--gold", "own_gold:fair", "--reward", "brightness"]
+    status, _, err = run(capsys, *arguments, *own)
+    assert status == 0, err
+    (cell,) = Path("outputs/bench/cells/best_of_n").glob("*.json")
+    (found,) = json.loads(cell.read_text())["drawn"]["runs"]
+    assert found["gold"] == 0.25
+    assert 0 < found["proxy"] < 1
+    assert found["kind"] == "other"
+    sys.modules.pop("own_gold")
+
+
+def test_bench_on_mixtures_needs_no_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, _, err = run(
+        capsys, "bench", "--suite", "mixture", "--limit", 2, "--budgets", "2x", "--steps", 4,
+        "--strategies", "beam", "--out", tmp_path,
+    )  # fmt: skip
+    assert status == 0, err
+    assert len(list(tmp_path.rglob("cells/*/*.json"))) == 3
 
 
 def test_evaluate_model_prints_the_report(
@@ -308,7 +345,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(
         ["generate", PROMPT, "--compute", "0.5"],
         ["compare", PROMPT, "--nfe-budget", "0", "--search", "none,mctd"],
         ["demo", "--compute", "0.5"],
-        ["bench", "--compute", "1", "--search", "beam:width=2"],
+        ["bench", "--budgets", "1.5x", "--strategies", "beam:width=2"],
         ["generate", PROMPT, "--scheduler", "eulr"],
         ["generate", PROMPT, "--scheduler", "PNDMScheduler"],
         ["evaluate-model", "--guidance", "nan"],
@@ -322,15 +359,11 @@ def test_arguments_are_checked_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
 ) -> None:
-    monkeypatch.setattr(cli, "EMBEDDED_MODEL", str(tmp_path / "nowhere"))
-    assert "nowhere" not in fails(capsys, *arguments, "--output", tmp_path / "out")
-    assert "nowhere" in fails(
-        capsys,
-        arguments[0],
-        *[PROMPT] * (arguments[0] in ("generate", "compare")),
-        "--output",
-        tmp_path / "out",
-    )
+    monkeypatch.setattr(common, "EMBEDDED_MODEL", str(tmp_path / "nowhere"))
+    output = ["--out" if arguments[0] == "bench" else "--output", tmp_path / "out"]
+    assert "nowhere" not in fails(capsys, *arguments, *output)
+    texts = [PROMPT] * (arguments[0] in ("generate", "compare"))
+    assert "nowhere" in fails(capsys, arguments[0], *texts, *output)
 
 
 def test_a_seed_beyond_what_a_generator_takes_is_refused(
@@ -381,9 +414,10 @@ def test_an_output_that_is_no_folder_is_refused(
     capsys: pytest.CaptureFixture[str], box: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    for command in (["generate", PROMPT], ["compare", PROMPT], ["demo"], ["bench"]):
+    for command in (["generate", PROMPT], ["compare", PROMPT], ["demo"]):
         said = fails(capsys, *command, "--output", tmp_path / "file")
         assert "cannot be used" in said
+    assert "cannot be used" in fails(capsys, "bench", "--out", tmp_path / "file")
 
 
 def test_a_file_that_cannot_be_written_is_named(
@@ -401,7 +435,7 @@ def test_gold_that_is_asked_for_needs_a_prompt_that_the_judge_reads(
     said = fails(capsys, "compare", "a castle", "--gold", "--output", tmp_path)
     assert "the judge cannot read it" in said
     (tmp_path / "prompts.txt").write_text("two blue cars\n\na castle\n")
-    bench = ["bench", "--output", tmp_path, "--prompts"]
+    bench = ["bench", "--out", tmp_path, "--prompts"]
     assert "castle" in fails(capsys, *bench, tmp_path / "prompts.txt")
     assert "neither 'tune' nor 'report'" in fails(capsys, *bench, "reprot")
 
@@ -438,19 +472,23 @@ def test_an_argument_that_cannot_be_read_exits_with_two(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--compute", "4,eight"], "whole number"),
-        (["--compute", ","], "whole number"),
-        (["--compute", "0"], "0.* at least 1"),
-        (["--compute", "2,4,2"], "2 is named twice"),
+        (["--budgets", "4x,eight"], "budget 'eight' .* give 8x"),
+        (["--budgets", ","], "no budget in ','"),
+        (["--budgets", "0.5x"], "1x at least"),
+        (["--budgets", "2x,4x,2x"], "'2x' is named twice"),
         (["--seeds", "0,0"], "0 is named twice"),
         (["--seeds", "-1"], "-1.* at least 0"),
-        (["--search", "none,mctd"], "leave 'none' out"),
+        (["--seeds", "one"], "whole numbers"),
+        (["--strategies", "none,mctd"], "leave 'none' out"),
+        (["--strategies", "beam:width=0"], "width is 0"),
+        (["--suite", "mixtures"], "--suite is 'mixtures'"),
+        (["--suite", "mixture", "--model", "some/where"], "give one"),
     ],
 )
-def test_budgets_and_seeds_of_a_bench_are_whole_numbers(
+def test_options_of_a_bench_are_checked(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    said = fails(capsys, "bench", "--output", tmp_path / "out", *arguments)
+    said = fails(capsys, "bench", "--out", tmp_path / "out", *arguments)
     assert re.search(message, said)
 
 

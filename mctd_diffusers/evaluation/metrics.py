@@ -135,3 +135,31 @@ def _mean_of_pairs(gram: Float[np.ndarray, "some some"]) -> float:
     """Return the mean over pairs of different pictures."""
     count = len(gram)
     return float((gram.sum() - np.trace(gram)) / (count * (count - 1)))
+
+
+def vendi_score(features: Float[np.ndarray, "samples features"]) -> float:
+    """Return the Vendi score of samples: how many different ones there are, from 1 to all of them.
+
+    The exponential of the entropy of the eigenvalues of ``K / samples``, with the cosine kernel K.
+
+    Args:
+        features: of at least one sample, none of them zero.
+
+    Raises:
+        ConfigError: there are no samples, or features of one are all zero.
+
+    >>> round(vendi_score(np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 4.0]])), 6)
+    2.0
+
+    Reference: Friedman and Dieng, "The Vendi score" (2023), definition 3.1.
+    """
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    if not len(features) or not norms.all():
+        raise ConfigError(
+            f"{len(features)} samples, {int((norms == 0).sum())} of them all zero: a Vendi score "
+            "needs one at least, and each a direction"
+        )
+    units = features / norms
+    shares = np.linalg.eigvalsh(units @ units.T / len(features))
+    shares = shares[shares > 0]
+    return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -1,0 +1,313 @@
+"""``mctd bench``: searches and their rivals on the same prompts, resumable, with a report."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mctd_diffusers.commands.common import (
+    SEARCH_HELP,
+    Device,
+    Guidance,
+    RowsPerCall,
+    Scheduler,
+    Steps,
+    check_call,
+    load_gold_judge,
+    load_pipeline,
+    parse_searches,
+    saving,
+    say,
+    whole_numbers,
+)
+from mctd_diffusers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mctd_diffusers.evaluation.benchmark.cells import OnCell, Suite
+    from mctd_diffusers.evaluation.benchmark.plan import BenchPlan, Method, Task
+
+DEFAULT_STRATEGIES = "best_of_n,more_steps,beam,mctd"
+_EMBEDDED, _MIXTURE = "embedded", "mixture"
+
+
+def bench(
+    suite: Annotated[
+        str | None,
+        typer.Option(help=f"'{_EMBEDDED}' or '{_MIXTURE}' [{_EMBEDDED} if there is no --model]."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or repository of a pipeline, in place of a suite.")
+    ] = None,
+    prompts: Annotated[
+        str, typer.Option(help="'report', 'tune', or a file (.txt, .csv, .tsv, .jsonl).")
+    ] = "report",
+    reward: Annotated[
+        str | None,
+        typer.Option(help="Reward to search for: a name, a CLIPModel, or module:function."),
+    ] = None,
+    gold: Annotated[
+        str,
+        typer.Option(help="What judges: 'judge', a reward's name, or module:function."),
+    ] = "judge",
+    strategies: Annotated[
+        str,
+        typer.Option(help=f"With commas between them, each more_steps or {SEARCH_HELP}."),
+    ] = DEFAULT_STRATEGIES,
+    budgets: Annotated[
+        str,
+        typer.Option(help="8x (times the NFE of a plain sample), 200 (NFE), 60s (an image)."),
+    ] = "4x,8x",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use so many prompts only; the kinds take turns.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds; means are taken over them.")] = "0",
+    out: Annotated[
+        Path, typer.Option(help="Folder for cells and results; cells that are there are kept.")
+    ] = Path("outputs/bench"),
+    steps: Steps = 16,
+    guidance: Guidance = 4.0,
+    scheduler: Scheduler = None,
+    rows_per_call: RowsPerCall = None,
+    prompts_per_call: Annotated[
+        int, typer.Option(min=1, help="Prompts searched at once: what a stop loses at most.")
+    ] = 24,
+    device: Device = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Make no cell; report on those that are there.")
+    ] = False,
+) -> None:
+    """Compare searches at equal NFE and at equal cost, by a gold that no search sees.
+
+    Writes results.csv, report.md and curves.png. Stopped, it goes on from the finished cells.
+    """
+    with saving() as saved:
+        plan = _read_plan(
+            suite=suite,
+            model=model,
+            prompts=prompts,
+            limit=limit,
+            strategies=strategies,
+            budgets=budgets,
+            seeds=seeds,
+            num_steps=steps,
+            guidance_scale=guidance,
+            rows_per_call=rows_per_call,
+            prompts_per_call=prompts_per_call,
+            searched=f"reward {reward}, gold {gold}, scheduler {scheduler}",
+        )
+        if gold == "judge" and plan.suite != _MIXTURE:
+            _check_judge_reads(plan.prompts)
+        for sentence in plan.left_out():
+            say(f"left out is {sentence}")
+        _run(
+            plan,
+            out,
+            saved,
+            reward=reward,
+            gold=gold,
+            scheduler=scheduler,
+            device=device,
+            report_only=report_only,
+        )
+
+
+def _read_plan(
+    *,
+    suite: str | None,
+    model: str | None,
+    prompts: str,
+    limit: int | None,
+    strategies: str,
+    budgets: str,
+    seeds: str,
+    **settings: Any,
+) -> BenchPlan:
+    """What is compared, from the options.
+
+    Raises:
+        ConfigError: an option cannot be read, or they contradict each other.
+    """
+    from mctd_diffusers.evaluation.benchmark.plan import BenchPlan, parse_budgets
+
+    if suite is not None and model is not None:
+        raise ConfigError(f"--suite {suite} and --model {model} both say what to search: give one")
+    if suite not in (None, _EMBEDDED, _MIXTURE):
+        raise ConfigError(f"--suite is {suite!r}: give {_EMBEDDED!r}, {_MIXTURE!r}, or --model")
+    name = model or suite or _EMBEDDED
+    texts, kinds = _read_problems(name, prompts, limit)
+    return BenchPlan(
+        suite=name,
+        prompts=texts,
+        kinds=kinds,
+        methods=tuple(_read_methods(strategies)),
+        budgets=parse_budgets(budgets),
+        seeds=whole_numbers(seeds, "--seeds", least=0),
+        **settings,
+    )
+
+
+def _read_problems(
+    suite: str, prompts: str, limit: int | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if suite == _MIXTURE:
+        from mctd_diffusers.evaluation.benchmark.suites import mixture_prompts
+
+        return mixture_prompts(limit or 120)
+    from mctd_diffusers.evaluation.benchmark.prompts import read_prompts
+
+    return read_prompts(prompts, limit)
+
+
+def _read_methods(text: str) -> Iterator[Method]:
+    """Methods of names and settings with commas between them."""
+    from mctd_diffusers.evaluation.benchmark.plan import MORE_STEPS, PLAIN, Method
+    from mctd_diffusers.search.strategies import BestOfN, resolve_strategy
+
+    def own(label: str) -> Method | None:
+        return Method(label, BestOfN(n=1)) if label in (MORE_STEPS, PLAIN) else None
+
+    for label, chosen in parse_searches(text, besides=(MORE_STEPS, PLAIN)):
+        if label == "none":
+            raise ConfigError(
+                f"strategies {text!r}: a bench draws plain samples anyway, leave 'none' out"
+            )
+        yield own(label) or Method(label, resolve_strategy(chosen))
+
+
+def _check_judge_reads(prompts: Sequence[str]) -> None:
+    """Refuse prompts that the judge cannot read.
+
+    Raises:
+        ConfigError: names the first of them and what to give.
+    """
+    from mctd_diffusers.evaluation.scenes import parse_prompt
+
+    for prompt in prompts:
+        try:
+            parse_prompt(prompt)
+        except ConfigError as error:
+            raise ConfigError(
+                f"the judge in the box cannot read every prompt ({error}): name another gold with "
+                "--gold, such as clip or module:function"
+            ) from error
+
+
+def _run(
+    plan: BenchPlan,
+    out: Path,
+    saved: list[Path],
+    *,
+    reward: str | None,
+    gold: str,
+    scheduler: str | None,
+    device: str | None,
+    report_only: bool,
+) -> None:
+    """Make or read the cells, and write what comes of them."""
+    from mctd_diffusers.evaluation.benchmark.cells import make_cells, make_folder, read_cells
+
+    folder = out / "cells"
+    if report_only:
+        cells = read_cells(plan, folder)
+    else:
+        searches = [method.strategy for method in plan.methods]
+        largest = plan.budgets[-1]
+        call = check_call(
+            searches,
+            steps=plan.num_steps,
+            guidance=plan.guidance_scale,
+            scheduler=scheduler,
+            device=device,
+            rows_per_call=plan.rows_per_call,
+            nfe_budget=largest.nfe(plan.num_steps),
+            time_budget_s=largest.seconds(1),
+        )
+        make_folder(folder)
+        made: Suite
+        if plan.suite == _MIXTURE:
+            from mctd_diffusers.evaluation.benchmark.suites import MixtureSuite
+
+            made = MixtureSuite()
+        else:
+            from mctd_diffusers.evaluation.benchmark.suites import (
+                JudgeGold,
+                PipelineSuite,
+                RewardGold,
+            )
+
+            judged_by = (
+                JudgeGold(load_gold_judge()) if gold == "judge" else RewardGold(_callable(gold))
+            )
+            searched = reward if reward is None or ":" not in reward else _callable(reward)
+            pipe = load_pipeline(plan.suite, searched, call)
+            made = PipelineSuite(pipe, judged_by, plan)
+        with _progress(plan, saved) as on_cell:
+            cells = make_cells(plan, made, folder, on_cell)
+    if not cells:
+        raise ConfigError(
+            f"there are no cells of this plan in {folder}: name the folder and the options that "
+            "they were made with, or leave --report-only out"
+        )
+
+
+def _callable(text: str) -> Any:
+    """A reward by its name, or a function by ``module:function``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from mctd_diffusers.rewards.resolving import resolve_reward
+
+    module, colon, name = text.partition(":")
+    if not colon:
+        return resolve_reward(text)
+    here = str(Path.cwd())
+    sys.path.insert(0, here)  # as `python -m` has it
+    try:
+        return resolve_reward(getattr(importlib.import_module(module), name))
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{text!r} cannot be had ({error}): write module:function of a module that Python "
+            "finds from this folder"
+        ) from error
+    finally:
+        sys.path.remove(here)
+
+
+@contextlib.contextmanager
+def _progress(plan: BenchPlan, saved: list[Path]) -> Iterator[OnCell]:
+    """A progress bar over the NFE of all cells; collects the files."""
+    from tqdm import tqdm
+
+    def size(task: Task) -> int:
+        return len(task.prompts) * (task.nfe or plan.num_steps)
+
+    tasks = plan.tasks()
+    is_terminal = sys.stderr.isatty()
+    with tqdm(
+        total=sum(map(size, tasks)),
+        unit="NFE",
+        unit_scale=True,
+        file=sys.stderr,
+        mininterval=0.5 if is_terminal else 30,
+        dynamic_ncols=is_terminal,
+    ) as bar:
+
+        def on_cell(task: Task, path: Path, is_new: bool) -> None:
+            saved.append(path)
+            where = f"{task.method.label} {task.budget.label} seed {task.seed}"
+            bar.set_postfix_str(f"{len(saved)}/{len(tasks)} cells, last {where}", refresh=False)
+            if is_new:
+                bar.update(size(task))
+            else:  # found, so its size says nothing of the speed
+                bar.initial += size(task)
+                bar.n += size(task)
+                bar.refresh()
+
+        yield on_cell

@@ -1,0 +1,10 @@
+"""Does the search pay? Methods on the same prompts, judged by what none of them saw.
+
+- `plan`: what is compared, cut into tasks.
+- `suites`: what is searched: a pipeline with a gold, or mixtures with exact answers.
+- `identity`: hashes of the weights and the code that results depend on.
+- `cells`: results in files; a benchmark that is stopped goes on where it was.
+- `comparison`: intervals, rules and verdicts: pure arithmetic on cells.
+- `report`: ``results.csv`` and ``report.md``.
+- `curves`: ``curves.png``.
+"""

@@ -1,0 +1,254 @@
+"""Cells: the results of a benchmark in files, made once and read ever after.
+
+A *cell* holds what one method did at one budget with one seed on a chunk of prompts, all in one
+call, so that its waves fill. It is written when the call is over, so a benchmark that is stopped
+loses the chunk under way at most, and one more method costs only its own cells. A cell that was
+made with other weights or other code is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.evaluation.benchmark.plan import BenchPlan, Method, Task
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method made of one prompt, and spent on it.
+
+    Attributes:
+        prompt: the prompt, or the name of the problem.
+        kind: of the prompt.
+        proxy: reward of the winner, by the reward that was searched.
+        gold: score of the winner by what no search sees; on mixtures the reward itself.
+        all_right: whether the judge finds every fact right; ``None`` for other golds.
+        log_likelihood_z: standardised log density of the winner; ``None`` where it is unknown.
+        diversity: Vendi score of the (at most 8) best finished samples, from 1 to their number.
+        finished: finished samples.
+        nfe: evaluations of one latent.
+        rows: useful rows through the network.
+        decodes: latents decoded in full, that of the winner's picture left out.
+        previews: latents decoded by the preview decoder.
+        reward_calls: images scored by the reward.
+        stop_reason: why the search ended.
+        history: ``[nfe, best reward so far]`` at every sample better than those before.
+    """
+
+    prompt: str
+    kind: str
+    proxy: float
+    gold: float
+    all_right: bool | None
+    log_likelihood_z: float | None
+    diversity: float
+    finished: int
+    nfe: int
+    rows: int
+    decodes: int
+    previews: int
+    reward_calls: int
+    stop_reason: str
+    history: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one call made and spent.
+
+    Attributes:
+        runs: one for each prompt of the task.
+        calls: of the network.
+        padded_rows: rows added to fill calls of the network.
+        seconds: wall-clock seconds by phase, and ``"call"`` for all of it.
+        cpu: CPU seconds by phase, and ``"total"``.
+        peak_memory: bytes: of the accelerator in this call; on a CPU, of the process so far.
+        prices: of a decode, a preview and a reward call in rows, as measured; empty on mixtures.
+        machine: where it ran.
+    """
+
+    runs: list[Run]
+    calls: int
+    padded_rows: int
+    seconds: dict[str, float]
+    cpu: dict[str, float]
+    peak_memory: int
+    prices: dict[str, float]
+    machine: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A finished task.
+
+    Attributes:
+        suite: as in the plan.
+        method: label of the method.
+        settings: of the method, as text.
+        budget: label of the budget.
+        budget_nfe: evaluations allowed on each image; ``None`` for a budget of seconds.
+        seed: of the initial noises.
+        num_steps: of the schedule.
+        identity: hashes of what it was made from.
+        drawn: the results.
+    """
+
+    suite: str
+    method: str
+    settings: str
+    budget: str
+    budget_nfe: int | None
+    seed: int
+    num_steps: int
+    identity: dict[str, str]
+    drawn: Drawn
+
+    @property
+    def useful_share(self) -> float:
+        """Useful rows among all rows through the network."""
+        rows = sum(run.rows for run in self.drawn.runs)
+        return rows / (rows + self.drawn.padded_rows)
+
+
+@runtime_checkable
+class Suite(Protocol):
+    """Something that can be searched, with a gold to judge by."""
+
+    def identity(self, method: Method) -> Mapping[str, str]:
+        """Hashes of all that a cell of ``method`` depends on besides the settings."""
+        ...
+
+    def draw(self, task: Task) -> Drawn:
+        """Search every prompt of ``task`` in one call.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, also where there is a part of a result.
+        """
+        ...
+
+
+@runtime_checkable
+class OnCell(Protocol):
+    """Is told of every cell."""
+
+    def __call__(self, task: Task, path: Path, is_new: bool) -> None:
+        """The cell of ``task`` lies in ``path``; made now, or found there."""
+        ...
+
+
+def make_cells(
+    plan: BenchPlan, suite: Suite, folder: Path, on_cell: OnCell | None = None
+) -> list[Cell]:
+    """Make every cell that is not there yet.
+
+    Args:
+        plan: what is compared.
+        suite: makes the samples and judges them.
+        folder: of the cells; made where it is missing.
+        on_cell: called after each cell, in the order of ``plan.tasks()``; those that are there
+            already come first.
+
+    Returns:
+        All cells of the plan.
+
+    Raises:
+        ConfigError: the folder cannot be used.
+        KeyboardInterrupt: Ctrl-C; the cells finished so far are kept.
+    """
+    make_folder(folder)
+    identities = {method.label: dict(suite.identity(method)) for method in plan.methods}
+    found: dict[str, Cell] = {}
+    tasks = plan.tasks()
+    for task in tasks:
+        path = cell_path(folder, task)
+        cell = read_cell(path)
+        if cell is not None and cell.identity == identities[task.method.label]:
+            found[task.name] = cell
+            if on_cell is not None:
+                on_cell(task, path, False)
+    for task in tasks:
+        if task.name in found:
+            continue
+        cell = Cell(
+            suite=plan.suite,
+            method=task.method.label,
+            settings=task.method.settings,
+            budget=task.budget.label,
+            budget_nfe=task.nfe,
+            seed=task.seed,
+            num_steps=task.num_steps,
+            identity=identities[task.method.label],
+            drawn=suite.draw(task),
+        )
+        path = cell_path(folder, task)
+        make_folder(path.parent)
+        write_atomically(path, json.dumps(asdict(cell)))
+        found[task.name] = cell
+        if on_cell is not None:
+            on_cell(task, path, True)
+    return [found[task.name] for task in tasks]
+
+
+def read_cells(plan: BenchPlan, folder: Path) -> list[Cell]:
+    """Read the cells of a plan that are there, whatever weights and code made them."""
+    cells = (read_cell(cell_path(folder, task)) for task in plan.tasks())
+    return [cell for cell in cells if cell is not None]
+
+
+def cell_path(folder: Path, task: Task) -> Path:
+    """Where the cell of a task lies."""
+    return folder / f"{task.name}.json"
+
+
+def read_cell(path: Path) -> Cell | None:
+    """Read a cell; ``None`` where there is none, or one that another version wrote."""
+    try:
+        entries: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        drawn: dict[str, Any] = entries.pop("drawn")
+        runs = [Run(**run) for run in drawn.pop("runs")]
+        return Cell(**entries, drawn=Drawn(runs, **drawn))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def code_versions(cells: Sequence[Cell]) -> dict[str, int]:
+    """How many versions of code and weights made the cells of each method with more than one."""
+    versions: dict[str, set[str]] = {}
+    for cell in cells:
+        versions.setdefault(cell.method, set()).add(json.dumps(cell.identity, sort_keys=True))
+    return {method: len(found) for method, found in versions.items() if len(found) > 1}
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"no permission to write to {folder}")
+    except OSError as error:
+        raise ConfigError(
+            f"output folder {folder} cannot be used: {error}; name another"
+        ) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old text or the new one, and never a part."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
