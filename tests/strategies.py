@@ -10,7 +10,15 @@ import numpy as np
 from hypothesis import strategies as st
 
 from mctd_diffusers.search.runner import Strategy
-from mctd_diffusers.search.strategies import DTS, MCTD, Beam, BestOfN, DraftRefine
+from mctd_diffusers.search.strategies import (
+    DTS,
+    MCTD,
+    Beam,
+    BestOfN,
+    DraftRefine,
+    Evolution,
+    NoiseSearch,
+)
 from mctd_diffusers.search.tree import DRAW, ROOT, STEP, Tree, add_child
 
 root_seeds = st.integers(0, 2**63 - 1)
@@ -93,6 +101,7 @@ beams = st.builds(
     width=st.integers(1, 3),
     stride=st.integers(1, 4),
     block=st.integers(1, 4),
+    temperature=st.sampled_from((0.0, 0.5)),
     branch_eta=st.sampled_from((0.0, 0.5, 1.0)),
 )
 mctds = st.builds(
@@ -108,4 +117,24 @@ mctds = st.builds(
     finish=st.integers(1, 3),
     backup=st.sampled_from(("max", "mean", "soft")),
 )
-searches = best_of_n | beams | draft_refines | dtss | mctds
+noise_searches = st.builds(
+    partial(built, NoiseSearch),
+    method=st.sampled_from(("random", "zero_order", "eps_greedy")),
+    candidates=st.none() | st.integers(1, 4),
+    rounds=st.none() | st.integers(1, 3),
+    strength=st.sampled_from((0.0, 0.5, 1.0)),
+    epsilon=st.sampled_from((0.0, 0.4, 1.0)),
+    stride=st.none() | st.integers(1, 4),
+    branch_eta=st.sampled_from((0.5, 1.0)),
+)
+evolutions = st.builds(
+    partial(built, Evolution),
+    schedule=st.sampled_from(((0.0, 0.4, 0.6), (0.0, 0.3, 0.7), (0.5, 0.6, 0.9))),
+    populations=st.sampled_from(((4, 2, 2, 2), (1, 9, 2, 0.5))),
+    elites=st.integers(0, 3),
+    tournament=st.sampled_from((0.1, 0.5, 1.0)),
+    strength=st.sampled_from((0.0, 0.5, 1.0)),
+    stride=st.none() | st.integers(1, 4),
+    branch_eta=st.sampled_from((0.5, 1.0)),
+)
+searches = best_of_n | beams | draft_refines | dtss | evolutions | mctds | noise_searches

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mctd_diffusers.search.strategies import Beam, BestOfN
+from mctd_diffusers.search.strategies import Beam, BestOfN, resolve_strategy
 from mctd_diffusers.search.tree import DRAW, STEP, Tree, path_to_root
-from tests.toys import search, small_environment
+from tests.toys import linear_gaussian, search, small_environment
 
 
 def nats(tree: Tree, node: int) -> float:
@@ -78,6 +78,50 @@ def test_it_goes_on_from_the_best_of_each_level(
         went_on = [node for node in level if tree.children(int(node))]
         assert len(went_on) == width
         assert sorted(tree.value[went_on]) == sorted(tree.value[level])[-width:]
+
+
+def test_by_a_temperature_it_goes_on_as_softmax_says() -> None:
+    temperature = 0.7
+    results = search(
+        Beam(candidates=4, temperature=temperature), linear_gaussian(500, 3), nfe=1 + 2 * 4
+    )
+    taken, law = np.zeros((500, 4)), np.zeros((500, 4))
+    for row, result in enumerate(results):
+        tree = result.tree
+        level = sorted(np.flatnonzero(tree.step_index == 1), key=lambda node: tree.value[node])
+        taken[row] = [bool(tree.children(int(node))) for node in level]
+        law[row] = np.exp(tree.value[level] / temperature)
+        law[row] /= law[row].sum()
+    assert (taken.sum(axis=1) == 1).all()
+    error = np.sqrt((law * (1 - law)).sum(axis=0))
+    # Four standard errors; the best alone would be taken more than a hundred times too often.
+    assert (np.abs((taken - law).sum(axis=0)) < 4 * error).all()
+    assert (1 - law[:, -1]).sum() > 10 * error[-1]
+
+
+@settings(max_examples=25)
+@given(width=st.integers(1, 3), temperature=st.floats(0.01, 100), num_steps=st.integers(3, 6))
+def test_by_a_temperature_it_goes_on_from_states_that_differ(
+    width: int, temperature: float, num_steps: int
+) -> None:
+    strategy = Beam(candidates=3, width=width, temperature=temperature)
+    nfe = strategy.least_nfe(num_steps)
+    (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
+    tree = result.tree
+    assert result.spent.nfe == nfe
+    for step_index in range(1, num_steps - 1):
+        level = np.flatnonzero(tree.step_index == step_index)
+        assert sum(bool(tree.children(int(node))) for node in level) == width
+
+
+@pytest.mark.parametrize(
+    ("name", "spent"),
+    [("svdd", 1 + 15 * 4), ("code", 1 + 15 * 4), ("treeg", 2 + 15 * 2 * 2)],
+)
+def test_published_searches_take_the_evaluations_of_a_pass(name: str, spent: int) -> None:
+    (result,) = search(resolve_strategy(name), small_environment(1, 16), nfe=64)
+    assert result.spent.nfe == spent
+    assert (result.tree.move == DRAW).sum() == (2 if name == "treeg" else 1)
 
 
 @settings(max_examples=25)

@@ -11,7 +11,9 @@ from mctd_diffusers.search.strategies.beam import Beam
 from mctd_diffusers.search.strategies.best_of_n import BestOfN
 from mctd_diffusers.search.strategies.draft_refine import DraftRefine
 from mctd_diffusers.search.strategies.dts import DTS
+from mctd_diffusers.search.strategies.evolution import Evolution
 from mctd_diffusers.search.strategies.mctd import MCTD
+from mctd_diffusers.search.strategies.noise_search import NoiseSearch
 
 __all__ = [
     "DTS",
@@ -21,6 +23,8 @@ __all__ = [
     "Beam",
     "BestOfN",
     "DraftRefine",
+    "Evolution",
+    "NoiseSearch",
     "resolve_strategy",
 ]
 
@@ -29,16 +33,22 @@ STRATEGIES: Final[dict[str, type[Strategy]]] = {
     "beam": Beam,
     "draft_refine": DraftRefine,
     "dts": DTS,
+    "evolution": Evolution,
     "mctd": MCTD,
+    "noise_search": NoiseSearch,
 }
 """Name of a search -> its class, whose defaults are the search of that name."""
 
 PRESETS: Final[dict[str, Strategy]] = {
     "svdd": Beam(),
     "code": Beam(block=5),
+    "treeg": Beam(width=2),
     "dts*": DTS(select="uct"),
     "dts-star": DTS(select="uct"),
     "flash-bon": DraftRefine(),
+    "zero-order": NoiseSearch(method="zero_order", strength=0.31, stride=1),
+    "eps-greedy": NoiseSearch(method="eps_greedy", strength=0.15, stride=1),
+    "evosearch": Evolution(stride=1),
 }
 """Published name -> the search with the settings that are that method."""
 

@@ -1,7 +1,15 @@
 """Beam: at every step keep the best of several children by the value of their denoised estimate.
 
-With one kept state and one step a block this is SVDD (Li et al., 2024, arXiv 2408.08252) in its
-greedy limit; with longer blocks it is CoDe (Singh et al., 2025, arXiv 2502.00968).
+Three published methods are settings of it:
+
+- SVDD (Li et al., 2024, arXiv 2408.08252): one kept state, one edge a block. Its law for the state
+  to go on from is ``softmax(value / temperature)``; its code takes the limit at 0, the best.
+- CoDe (Singh et al., 2025, arXiv 2502.00968): one kept state, longer blocks.
+- TreeG-SC (Guo et al., 2025, arXiv 2502.11420): the best ``A = width`` of ``A x K`` children.
+
+A pass takes ``A + (n - 1) A K`` NFE for n edges. That is less than their own code spends, since the
+evaluation by which a child was valued also steps it: SVDD counts ``n + (n - 1) K``, and CoDe, whose
+copies of one state are evaluated apart, ``K n + K (n / block - 1)``.
 """
 
 from __future__ import annotations
@@ -10,12 +18,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from mctd_diffusers.errors import BudgetError
 from mctd_diffusers.search.budget import UNLIMITED
-from mctd_diffusers.search.environment import Asks
-from mctd_diffusers.search.moves import denoise, draw, reward, step, value
+from mctd_diffusers.search.environment import Asks, Values
+from mctd_diffusers.search.moves import denoise, draw, generator_for, reward, step, value
 from mctd_diffusers.search.problem import Problem
+from mctd_diffusers.search.selection import best_first
 from mctd_diffusers.search.settings import check_setting
 from mctd_diffusers.search.strides import constant_strides
 
@@ -32,6 +42,8 @@ class Beam:
         width: states kept at each level.
         stride: schedule steps that an edge crosses.
         block: edges between two selections.
+        temperature: in reward units, at least 0. At 0 the best are kept; above it they are drawn
+            without replacement, by ``softmax(value / temperature)``.
         branch_eta: share of fresh noise on the edges that branch, 0 to 1.
         brake_nats: bound on the summed log of candidates along a path, which keeps selection on the
             data manifold; it applies where ``candidates`` is ``None``.
@@ -41,6 +53,7 @@ class Beam:
     width: int = 1
     stride: int = 1
     block: int = 1
+    temperature: float = 0.0
     branch_eta: float = 1.0
     brake_nats: float = 30.0
 
@@ -50,7 +63,8 @@ class Beam:
         for name in ("width", "stride", "block"):
             check_setting(name, getattr(self, name), 1, whole=True)
         check_setting("branch_eta", self.branch_eta, 0, 1)
-        check_setting("brake_nats", self.brake_nats, 0)
+        for name in ("temperature", "brake_nats"):
+            check_setting(name, getattr(self, name), 0)
 
     @property
     def name(self) -> str:
@@ -63,6 +77,7 @@ class Beam:
 
     def search(self, problem: Problem) -> Asks:
         """Passes until the budget pays for none."""
+        generator = generator_for(problem, "beam")
         candidates = self._pass_candidates(problem)
         if candidates is None:
             least = self._pass_nfe(problem.num_steps, self.candidates or 1)
@@ -72,11 +87,11 @@ class Beam:
                 "candidates, steps or a longer stride."
             )
         while candidates is not None:
-            yield from self._one_pass(problem, candidates)
+            yield from self._one_pass(problem, candidates, generator)
             candidates = self._pass_candidates(problem)
         return "budget"
 
-    def _one_pass(self, problem: Problem, candidates: int) -> Asks:
+    def _one_pass(self, problem: Problem, candidates: int, generator: np.random.Generator) -> Asks:
         """From initial noise to finished samples, keeping the best ``width`` after each block."""
         strides = constant_strides(problem.num_steps, self.stride)
         kept = yield from draw(problem, self.width)
@@ -94,8 +109,17 @@ class Beam:
                 yield from reward(problem, nodes)
             else:
                 values = yield from value(problem, nodes)
-                order = np.argsort(-values, kind="stable")[: self.width]
-                kept = [nodes[i] for i in order]
+                kept = [nodes[i] for i in self._order(values, generator)[: self.width]]
+
+    def _order(self, values: Values, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Positions in the order of keeping: by value, or as a softmax draws them one by one.
+
+        Values with Gumbel noise of the scale of the temperature have the order of draws without
+        replacement (Kool et al., 2019, arXiv 1903.06059).
+        """
+        if self.temperature:
+            values = values + self.temperature * generator.gumbel(size=len(values))
+        return best_first(values)
 
     def _pass_nfe(self, num_steps: int, candidates: int) -> int:
         """Evaluations of one pass: the draws, and all candidates at each level but the finished."""
