@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,8 @@ class SearchOptions:
     wave_size: int | None = None
     rows_per_call: int | None = None
     include_plain: bool = False
+    save_to: str | os.PathLike[str] | None = None
+    save_every_s: float = 60.0
 
 
 def configured_strategy(options: SearchOptions) -> Strategy:
@@ -92,6 +95,7 @@ def check_options(options: SearchOptions) -> None:
         given = getattr(options, name)
         if given is not None and not _is_count(given):
             raise ConfigError(f"{name}={given!r}: give a whole number of at least 1")
+    check_save_every(options.save_every_s)
     strides: Any = options.strides
     if strides is not None and not (
         isinstance(strides, Sequence | np.ndarray) and all(_is_count(stride) for stride in strides)
@@ -99,6 +103,16 @@ def check_options(options: SearchOptions) -> None:
         raise ConfigError(
             f"strides={strides!r}: give whole numbers of at least 1, such as (1, 2, 4)"
         )
+
+
+def check_save_every(seconds: Any) -> None:
+    """Refuse what is no time between two saves.
+
+    Raises:
+        ConfigError: it is negative, or no finite number.
+    """
+    if not (_is_finite(seconds) and seconds >= 0):
+        raise ConfigError(f"save_every_s={seconds!r}: give seconds, or 0 to save after every wave")
 
 
 def _is_finite(given: Any) -> bool:
@@ -386,6 +400,27 @@ class World:
             reward_call=price("reward", self.counted_reward),
         )
         return ledger
+
+
+@dataclass(frozen=True)
+class SearchCall:
+    """One call, ready to be searched.
+
+    Attributes:
+        world: that it is searched in.
+        strategy: of the search, without the plain sample beside it.
+        problems: what is searched: images, and then their plain samples where they are made too.
+        stock: the stock arguments.
+        options: ours.
+        seconds: that the search may take; ``None`` without a bound.
+    """
+
+    world: World
+    strategy: Strategy
+    problems: Sequence[Problem]
+    stock: dict[str, Any]
+    options: SearchOptions
+    seconds: float | None
 
 
 def nfe_allowed(options: SearchOptions, num_steps: int) -> int | None:

@@ -35,12 +35,14 @@ from torch import Tensor
 
 from mctd_diffusers.calls import (
     Prepared,
+    SearchCall,
     SearchOptions,
     WithPlain,
     World,
     as_config_errors,
     call_budgets,
     check_options,
+    check_save_every,
     check_stock,
     configured_strategy,
     plain_sample_of,
@@ -59,6 +61,7 @@ from mctd_diffusers.results import (
     Recipe,
     ReplayOutput,
     bytes_of,
+    check_recipe,
     first_draws,
     recipe_scheduler,
     recipe_settings,
@@ -68,9 +71,18 @@ from mctd_diffusers.results import (
 from mctd_diffusers.rewards.calls import call_reward
 from mctd_diffusers.rewards.clip import ClipReward
 from mctd_diffusers.rewards.resolving import resolve_reward
+from mctd_diffusers.saved_calls import (
+    CallSaver,
+    OpenSearch,
+    check_unsaved,
+    restored_world,
+    saved_arguments,
+)
 from mctd_diffusers.search.environment import FIRST_DRAW, Action, Handles, Prices
+from mctd_diffusers.search.log import SearchLog
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.runner import Finished, SearchResult, Strategy, Wave, run_search
+from mctd_diffusers.search.saving import load_search
 from mctd_diffusers.search.seeding import root_seed_of
 from mctd_diffusers.search.strategies import STRATEGIES, BestOfN
 
@@ -370,18 +382,42 @@ class MCTDPipeline(DiffusionPipeline):
         problems = world.problems(budget)
         if plain_budget is not None:
             problems += world.problems(plain_budget, first_index=len(problems))
-            strategy = WithPlain(strategy, len(world.prompts))
         seconds = options.time_budget_s
         if seconds is not None:
             seconds = max(seconds - (time.monotonic() - started), 1e-3)
+        call = SearchCall(world, strategy, problems, stock, options, seconds)
+        saver = None
+        if options.save_to is not None:
+            saver = CallSaver(options.save_to, options.save_every_s, call, SearchLog())
+        return self._run(call, saver)
+
+    def _run(self, call: SearchCall, saver: CallSaver | None) -> Any:
+        """Search a call, saving now and then, and make its output."""
+        world, stock, options = call.world, call.stock, call.options
+        strategy = call.strategy
+        if world.with_plain:
+            strategy = WithPlain(strategy, len(world.prompts))
         try:
-            with self._progress(world, problems) as on_wave:
+            with self._progress(world, call.problems, saver) as on_wave:
                 results = run_search(
-                    strategy, world.environment, problems, seconds=seconds, on_wave=on_wave
+                    strategy,
+                    world.environment,
+                    call.problems,
+                    seconds=call.seconds,
+                    on_wave=on_wave,
+                    log=None if saver is None else saver.log,
                 )
+            if saver is not None:
+                saver.save_results(results)
             output = self._output(world, stock, options, results)
         except SearchError as error:
+            if saver is not None and error.partial:
+                saver.save_results(error.partial)
             error.partial = error.partial and self._output(world, stock, options, error.partial)
+            raise
+        except KeyboardInterrupt:
+            if saver is not None:
+                saver.save()
             raise
         finally:
             self.maybe_free_model_hooks()
@@ -391,9 +427,114 @@ class MCTDPipeline(DiffusionPipeline):
         rest = (output.rewards, output.nfe, output.search, output.ledger, output.plain)
         return (output.images, output.nsfw_content_detected, *rest)
 
+    # Saved searches
+
+    @torch.no_grad()
+    def resume(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        search: Strategy | None = None,
+        reward_model: Any = None,
+        save_every_s: float = 60.0,
+        **arguments: Any,
+    ) -> Any:
+        r"""Go on with a search that `save_to=...` saved, as if it had never stopped.
+
+        On the same machine and versions, with as many threads, the result is equal bit for bit,
+        ledger included (but for its seconds). The folder is written on. Its budget stays what it
+        was: strategies plan by their budget, so a search with a larger one would have taken other
+        steps. A search that is over comes back without being searched.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                That the call saved to.
+            search (`Strategy`, *optional*):
+                Needed where the search was a strategy of your own: the same, with its settings.
+            reward_model (*optional*, defaults to `self.reward_model`):
+                The reward that was searched.
+            save_every_s (`float`, *optional*, defaults to 60):
+                As in the call.
+            arguments (*optional*):
+                What the call was given that no folder can hold, such as `prompt_embeds`.
+
+        Returns:
+            What the call would have returned.
+
+        Raises:
+            ConfigError: there is no saved search, or the model, the reward or the search is
+                another.
+            SearchError: as the call would.
+        """
+        check_save_every(save_every_s)
+        opened = self.open_search(folder, search=search, reward_model=reward_model, **arguments)
+        return self._run(
+            opened.call, CallSaver(folder, save_every_s, opened.call, opened.saved.log)
+        )
+
+    @torch.no_grad()
+    def open_search(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        search: Strategy | None = None,
+        reward_model: Any = None,
+        **arguments: Any,
+    ) -> OpenSearch:
+        r"""Set up the world of a saved search again, to look into it or to go on by hand.
+
+        Nothing is searched; one sample is evaluated and one is scored again, to see that model and
+        reward are those of then.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                That the call saved to.
+            search (`Strategy`, *optional*):
+                As in [`~MCTDPipeline.resume`].
+            reward_model (*optional*, defaults to `self.reward_model`):
+                The reward that was searched.
+            arguments (*optional*):
+                As in [`~MCTDPipeline.resume`].
+
+        Returns:
+            [`OpenSearch`]: `saved.results()` has the trees and what was found,
+            `call.world.environment` the samples, under the handles of the trees.
+
+        Raises:
+            ConfigError: there is no saved search, or the model, the reward or the search is
+                another.
+        """
+        saved = load_search(folder, strategy=search)
+        stock, options = saved_arguments(saved, self.stock_class.__name__, arguments)
+        reward = self._reward_of(reward_model)
+        self._check_call(stock)
+        settings = saved.call["settings"][0]
+        scheduler = recipe_scheduler(settings)
+        with self._stepping(scheduler), as_config_errors():
+            self._set_timesteps(stock)
+            stepper = Stepper(scheduler, eta=stock["eta"])
+            prepared = self._prepare(stock, settings["prompts_per_call"])
+        world = World(
+            prepared=prepared,
+            stepper=stepper,
+            scheduler=scheduler,
+            reward=reward,
+            prompts=saved.call["reward_prompts"],
+            rows_per_call=settings["rows_per_call"],
+            settings=saved.call["settings"],
+            prices=Prices(),
+            with_plain=saved.call["with_plain"],
+        )
+        world = restored_world(saved, world)
+        seconds = saved.call["seconds"]
+        call = SearchCall(world, saved.strategy, saved.problems, stock, options, seconds)
+        return OpenSearch(saved, call)
+
     def _set_up(self, stock: dict[str, Any], options: SearchOptions) -> tuple[World, Strategy]:
         """Check every argument, then make the world to be searched."""
         check_options(options)
+        if options.save_to is not None:
+            check_unsaved(options.save_to)
         strategy = configured_strategy(options)
         check_stock(stock)
         self._check_call(stock)
@@ -434,7 +575,7 @@ class MCTDPipeline(DiffusionPipeline):
 
     @contextmanager
     def _progress(
-        self, world: World, problems: Sequence[Problem]
+        self, world: World, problems: Sequence[Problem], saver: CallSaver | None
     ) -> Iterator[Callable[[Wave], None]]:
         """A progress bar over the NFE budget, with the best reward so far (their mean, of many)."""
         budgets = [problem.budget.nfe for problem in problems]
@@ -447,6 +588,8 @@ class MCTDPipeline(DiffusionPipeline):
                 if best:
                     bar.set_postfix(best_reward=f"{np.mean(best):.4g}", refresh=False)
                 bar.update(ledger.total.nfe - bar.n)
+                if saver is not None:
+                    saver.save_if_due()
 
             yield on_wave
 
@@ -674,9 +817,61 @@ class MCTDPipeline(DiffusionPipeline):
             ConfigError: the recipe is of another pipeline or incomplete, or its first noise differs
                 from the one at hand.
         """
-        stock = recipe_stock(recipe, self.stock_class.__name__, arguments)
-        first_draw, moves = recipe["first_draw"], recipe["moves"]
+        check_recipe(recipe, self.stock_class.__name__)
+        moves = recipe["moves"]
         needs_noise = moves[0]["seed"] == FIRST_DRAW
+        world = self.world_of(recipe, latents, needs_noise=needs_noise, **arguments)
+        _check_length(moves, world.stepper.num_steps)
+        environment = world.environment
+        path = _retrace(environment, moves)
+        images, _ = self._check_safety(environment.images(path[-1]))
+        output = ReplayOutput(
+            images=self._postprocess(images, "pil"),
+            latents=environment.denoised(path[-1])[0].cpu(),
+            reward=None if world.reward is _no_reward else float(environment.reward(path[-1])[0]),
+            nfe=environment.ledger.total.nfe,
+        )
+        if previews:
+            places = _evaluated_places(moves, environment.num_steps)
+            handles = np.concatenate([path[place] for place in places])
+            shown, _ = self._check_safety(environment.previews(handles))
+            output.previews = self._postprocess(shown, "pil")
+            output.step_indices = [step_indices(moves)[place] for place in places]
+        self.maybe_free_model_hooks()
+        return output
+
+    @torch.no_grad()
+    def world_of(
+        self,
+        recipe: Recipe,
+        latents: Tensor | None = None,
+        *,
+        reward_model: Any = None,
+        needs_noise: bool = True,
+        **arguments: Any,
+    ) -> World:
+        r"""Set up the world of a recipe's call again, for its image alone and with nothing in it.
+
+        Args:
+            recipe (`dict`):
+                As for [`~MCTDPipeline.replay`]; its moves are not made.
+            latents (`torch.Tensor`, *optional*):
+                The same.
+            reward_model (*optional*, defaults to the pipeline's own):
+                What scores finished samples, as in a call.
+            needs_noise (`bool`, *optional*, defaults to `True`):
+                Whether the call's own first noise will be asked for.
+            arguments (*optional*):
+                As for [`~MCTDPipeline.replay`].
+
+        Returns:
+            [`World`]: whose `environment` numbers the image 0.
+
+        Raises:
+            ConfigError: as for [`~MCTDPipeline.replay`].
+        """
+        stock = recipe_stock(recipe, self.stock_class.__name__, arguments)
+        first_draw = recipe["first_draw"]
         draws, position, seed = 1, 0, 0
         if latents is None and needs_noise:
             if first_draw is None:
@@ -689,12 +884,12 @@ class MCTDPipeline(DiffusionPipeline):
         device = "cpu" if first_draw is None else first_draw["device"]
         stock |= {"latents": latents, "generator": torch.Generator(device).manual_seed(seed)}
         self._check_call(stock)
-        reward = None if self.reward_model is None else self._reward_of(None)
+        has_reward = reward_model is not None or self.reward_model is not None
+        reward = self._reward_of(reward_model) if has_reward else _no_reward
         scheduler = recipe_scheduler(recipe)
         with self._stepping(scheduler), as_config_errors():
             self._set_timesteps(stock)
             stepper = Stepper(scheduler, eta=stock["eta"])
-            _check_length(moves, stepper.num_steps)
             prepared = self._prepare(stock, recipe["prompts_per_call"], draws)
         first = prepared.first_latents[position : position + 1]
         root_seed = root_seed_of(bytes_of(first[0]))
@@ -704,32 +899,17 @@ class MCTDPipeline(DiffusionPipeline):
                 f"gives {root_seed}: load the model with dtype {recipe['dtype']} on "
                 f"{recipe['device']}, or pass the first noise as latents=..."
             )
-        environment = LatentEnvironment(
-            network=prepared.network,
+        return World(
+            prepared=replace(prepared, first_latents=first),
             stepper=stepper,
-            decoder=prepared.decoder,
-            preview=prepared.preview,
-            reward=reward or _no_reward,
+            scheduler=scheduler,
+            reward=reward,
             prompts=[recipe["reward_prompt"]],
-            first_latents=first,
             rows_per_call=recipe["rows_per_call"],
+            settings=[recipe],
+            prices=Prices(),
+            with_plain=False,
         )
-        path = _retrace(environment, moves)
-        images, _ = self._check_safety(environment.images(path[-1]))
-        output = ReplayOutput(
-            images=self._postprocess(images, "pil"),
-            latents=environment.denoised(path[-1])[0].cpu(),
-            reward=None if reward is None else float(environment.reward(path[-1])[0]),
-            nfe=environment.ledger.total.nfe,
-        )
-        if previews:
-            places = _evaluated_places(moves, stepper.num_steps)
-            handles = np.concatenate([path[place] for place in places])
-            shown, _ = self._check_safety(environment.previews(handles))
-            output.previews = self._postprocess(shown, "pil")
-            output.step_indices = [step_indices(moves)[place] for place in places]
-        self.maybe_free_model_hooks()
-        return output
 
     @torch.no_grad()
     def estimate(self, *args: Any, **kwargs: Any) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -247,6 +248,8 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
         wave_size: int | None = None,
         rows_per_call: int | None = None,
         include_plain: bool = False,
+        save_to: str | os.PathLike[str] | None = None,
+        save_every_s: float = 60.0,
         **kwargs: Any,
     ) -> MCTDPipelineOutput | tuple[Any, ...]:
         r"""The call function to the pipeline for generation.
@@ -338,6 +341,12 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
             include_plain (`bool`, *optional*, defaults to `False`):
                 Whether to score the plain sample too, out of the same budget; the answer is then
                 never worse than it, by the searched reward.
+            save_to (`str` or `os.PathLike`, *optional*):
+                Folder to save the search into while it runs, at its end and at Ctrl-C;
+                [`~MCTDPipeline.resume`] goes on from there. Models and rewards are not saved.
+            save_every_s (`float`, *optional*, defaults to 60):
+                Seconds between two saves, at least; saving takes a tenth of the time at most. 0
+                saves after every wave.
             kwargs (*optional*):
                 `callback` and `callback_steps`, deprecated, as in the stock pipeline.
 
@@ -413,6 +422,8 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
             wave_size=wave_size,
             rows_per_call=rows_per_call,
             include_plain=include_plain,
+            save_to=save_to,
+            save_every_s=save_every_s,
         )
         if search is None:
             return self._plain_call(stock, options)
