@@ -39,7 +39,11 @@ if TYPE_CHECKING:
     from mctd_diffusers.search.strategies.best_of_n import BestOfN
     from mctd_diffusers.search.strategies.draft_refine import DraftRefine
     from mctd_diffusers.search.strategies.dts import DTS
+    from mctd_diffusers.search.strategies.evolution import Evolution
     from mctd_diffusers.search.strategies.mctd import MCTD
+    from mctd_diffusers.search.strategies.noise_search import NoiseSearch
+    from mctd_diffusers.search.strategies.smc import SMC
+    from mctd_diffusers.search.strategies.textbook_mctd import TextbookMCTD
 
 __version__ = "0.1.0"
 
@@ -49,6 +53,7 @@ EMBEDDED_MODEL = str(Path(__file__).parent / "embedded")
 _MODULES = {
     "DTS": "search.strategies.dts",
     "MCTD": "search.strategies.mctd",
+    "SMC": "search.strategies.smc",
     "Beam": "search.strategies.beam",
     "BestOfN": "search.strategies.best_of_n",
     "BudgetError": "errors",
@@ -56,16 +61,19 @@ _MODULES = {
     "ClipReward": "rewards.clip",
     "ConfigError": "errors",
     "DraftRefine": "search.strategies.draft_refine",
+    "Evolution": "search.strategies.evolution",
     "ImageSearch": "results",
     "JpegCompressibility": "rewards.jpeg",
     "MCTDError": "errors",
     "MCTDPipeline": "pipeline",
     "MCTDPipelineOutput": "results",
+    "NoiseSearch": "search.strategies.noise_search",
     "NonFiniteRewardError": "errors",
     "RewardError": "errors",
     "SceneJudge": "evaluation.judge",
     "ScheduleError": "errors",
     "SearchError": "errors",
+    "TextbookMCTD": "search.strategies.textbook_mctd",
     "UnsupportedSchedulerError": "errors",
     "WeightedSum": "rewards.weighted_sum",
     "brightness": "rewards.brightness",
@@ -79,6 +87,7 @@ __all__ = [
     "DTS",
     "EMBEDDED_MODEL",
     "MCTD",
+    "SMC",
     "Beam",
     "BestOfN",
     "BudgetError",
@@ -86,16 +95,19 @@ __all__ = [
     "ClipReward",
     "ConfigError",
     "DraftRefine",
+    "Evolution",
     "ImageSearch",
     "JpegCompressibility",
     "MCTDError",
     "MCTDPipeline",
     "MCTDPipelineOutput",
+    "NoiseSearch",
     "NonFiniteRewardError",
     "RewardError",
     "SceneJudge",
     "ScheduleError",
     "SearchError",
+    "TextbookMCTD",
     "UnsupportedSchedulerError",
     "WeightedSum",
     "brightness",

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from mctd_diffusers.search.runner import Strategy
-from mctd_diffusers.search.strategies import DTS, MCTD, Beam, BestOfN, DraftRefine
+from mctd_diffusers.search.strategies import (
+    DTS,
+    MCTD,
+    SMC,
+    Beam,
+    BestOfN,
+    DraftRefine,
+    Evolution,
+    NoiseSearch,
+    TextbookMCTD,
+)
 from tests.by_hand import columns_of
 from tests.toys import search, small_environment
 
@@ -21,11 +31,25 @@ SEARCHES: Final[dict[str, Strategy]] = {
     "beam": Beam(),
     "draft_refine": DraftRefine(draft_stride=2),
     "dts": DTS(temperature=0.5, widening_constant=1.0, widening_exponent=0.5, wave_size=2),
+    "evolution": Evolution(elites=2),
     "mctd": MCTD(),
+    "textbook_mctd": TextbookMCTD(guidances=(None, None), depth=2, wave_size=2),
+    "noise_search": NoiseSearch(candidates=2),
+    "smc": SMC(),
 }
 """Name of a golden tree -> its search, with the settings that a user gets by that name."""
 NUM_STEPS: Final = 4
-NFE: Final = {"best_of_n": 12, "beam": 22, "draft_refine": 22, "dts": 30, "mctd": 22}
+NFE: Final = {
+    "best_of_n": 12,
+    "beam": 22,
+    "draft_refine": 22,
+    "dts": 30,
+    "evolution": 24,
+    "mctd": 22,
+    "textbook_mctd": 24,
+    "noise_search": 16,
+    "smc": 22,
+}
 
 
 def path_of(name: str) -> Path:

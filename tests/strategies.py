@@ -13,11 +13,13 @@ from mctd_diffusers.search.runner import Strategy
 from mctd_diffusers.search.strategies import (
     DTS,
     MCTD,
+    SMC,
     Beam,
     BestOfN,
     DraftRefine,
     Evolution,
     NoiseSearch,
+    TextbookMCTD,
 )
 from mctd_diffusers.search.tree import DRAW, ROOT, STEP, Tree, add_child
 
@@ -137,4 +139,38 @@ evolutions = st.builds(
     stride=st.none() | st.integers(1, 4),
     branch_eta=st.sampled_from((0.5, 1.0)),
 )
-searches = best_of_n | beams | draft_refines | dtss | evolutions | mctds | noise_searches
+textbook_mctds = st.builds(
+    partial(built, TextbookMCTD),
+    guidances=st.sampled_from(((1.0,), (0.5, None, 2.0), (None, None))),
+    noises=st.integers(1, 3),
+    depth=st.integers(1, 5),
+    expansion_stride=st.integers(1, 3),
+    simulation_stride=st.none() | st.integers(1, 5),
+    exploration=st.sampled_from((0.0, 0.5, 1.0)),
+    redundancy_weight=st.sampled_from((0.0, 1.0, 5.0)),
+    wave_size=st.integers(1, 6),
+    branch_eta=st.sampled_from((0.5, 1.0)),
+)
+smcs = st.builds(
+    partial(built, SMC),
+    particles=st.none() | st.integers(1, 4),
+    temperature=st.sampled_from((None, 0.3, 5.0)),
+    potential=st.sampled_from(("diff", "max", "add")),
+    stride=st.integers(1, 3),
+    interval=st.integers(1, 3),
+    window_start=st.sampled_from((0.0, 0.4)),
+    window_end=st.sampled_from((0.6, 1.0)),
+    ess_threshold=st.sampled_from((0.0, 0.5, 1.0)),
+    branch_eta=st.sampled_from((0.0, 0.5, 1.0)),
+)
+searches = (
+    best_of_n
+    | beams
+    | draft_refines
+    | dtss
+    | evolutions
+    | mctds
+    | noise_searches
+    | smcs
+    | textbook_mctds
+)

@@ -20,6 +20,7 @@ from mctd_diffusers.search.tree import (
     Tree,
     add_child,
     add_virtual_visit,
+    ancestor_at,
     backup,
     from_json,
     issue_seeds,
@@ -66,6 +67,20 @@ def test_backup_conserves_visits_and_value(tree: Tree, data: st.DataObject) -> N
     assert tree.total_value[ROOT] == pytest.approx(sum(value for _, value in leaves))
     if leaves:
         assert tree.max_value[ROOT] == max(value for _, value in leaves)
+
+
+@given(trees(), st.data())
+def test_the_ancestor_at_a_step_index_is_the_nearest_of_the_path(
+    tree: Tree, data: st.DataObject
+) -> None:
+    node = data.draw(st.integers(0, tree.num_nodes - 1))
+    path = path_to_root(tree, node)
+    for row in path:
+        found = ancestor_at(tree, node, int(tree.step_index[row]))
+        assert tree.step_index[found] == tree.step_index[row]
+        assert path.index(found) <= path.index(row)
+    with pytest.raises(CapacityError, match=f"no node at step index 99 leads to node {node}"):
+        ancestor_at(tree, node, 99)
 
 
 @given(trees(), st.data())

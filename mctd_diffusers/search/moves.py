@@ -246,23 +246,31 @@ def finish_plainly(problem: Problem, nodes: Sequence[int]) -> Asks:
     return nodes
 
 
-def finish(problem: Problem, nodes: Sequence[int], *, strides: Sequence[int]) -> Asks:
-    """Step ``nodes`` over ``strides`` to the end as the user's scheduler says, and score them.
+def finish(
+    problem: Problem,
+    nodes: Sequence[int],
+    *,
+    strides: Sequence[int],
+    etas: Sequence[float | None] | None = None,
+) -> Asks:
+    """Step ``nodes`` over ``strides`` to the end, and score them.
 
     Args:
         problem: the image, whose account pays for it all.
         nodes: rows, all at one step index; evaluated first where they are not.
         strides: schedule steps of each edge, exactly those left.
+        etas: share of fresh noise of each edge; ``None`` for all, or for one, is as the user's
+            scheduler says.
 
     Returns:
         The rows of the finished nodes, in order.
     """
     nodes = list(nodes)
-    for stride in strides:
+    for stride, eta in zip(strides, etas or [None] * len(strides), strict=True):
         todo = [node for node in nodes if not problem.tree.evaluated[node]]
         if todo:
             yield from denoise(problem, todo)
-        nodes = yield from step(problem, nodes, stride=stride, eta=None)
+        nodes = yield from step(problem, nodes, stride=stride, eta=eta)
     yield from reward(problem, nodes)
     return nodes
 

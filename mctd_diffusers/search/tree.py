@@ -376,6 +376,21 @@ def path_to_root(tree: Tree, node: int) -> list[int]:
     return path
 
 
+def ancestor_at(tree: Tree, node: int, step_index: int) -> int:
+    """The nearest node at ``step_index`` on the way from ``node``, inclusive, to the root.
+
+    Raises:
+        CapacityError: there is none.
+    """
+    for row in path_to_root(tree, node):
+        if tree._step_index[row] == step_index:
+            return row
+    raise CapacityError(
+        f"no node at step index {step_index} leads to node {node}; its path stands at "
+        f"{tree.step_index[path_to_root(tree, node)].tolist()}."
+    )
+
+
 def subtree(tree: Tree, node: int) -> Nodes:
     """Rows of ``node`` and all its descendants, in the order of their expansion."""
     tree._check(node)

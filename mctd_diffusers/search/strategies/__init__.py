@@ -14,17 +14,21 @@ from mctd_diffusers.search.strategies.dts import DTS
 from mctd_diffusers.search.strategies.evolution import Evolution
 from mctd_diffusers.search.strategies.mctd import MCTD
 from mctd_diffusers.search.strategies.noise_search import NoiseSearch
+from mctd_diffusers.search.strategies.smc import SMC
+from mctd_diffusers.search.strategies.textbook_mctd import TextbookMCTD
 
 __all__ = [
     "DTS",
     "MCTD",
     "PRESETS",
+    "SMC",
     "STRATEGIES",
     "Beam",
     "BestOfN",
     "DraftRefine",
     "Evolution",
     "NoiseSearch",
+    "TextbookMCTD",
     "resolve_strategy",
 ]
 
@@ -35,7 +39,9 @@ STRATEGIES: Final[dict[str, type[Strategy]]] = {
     "dts": DTS,
     "evolution": Evolution,
     "mctd": MCTD,
+    "textbook_mctd": TextbookMCTD,
     "noise_search": NoiseSearch,
+    "smc": SMC,
 }
 """Name of a search -> its class, whose defaults are the search of that name."""
 
@@ -45,7 +51,10 @@ PRESETS: Final[dict[str, Strategy]] = {
     "treeg": Beam(width=2),
     "dts*": DTS(select="uct"),
     "dts-star": DTS(select="uct"),
+    "fk": SMC(),
     "flash-bon": DraftRefine(),
+    "mctd-paper": TextbookMCTD(),
+    "fast-mctd": TextbookMCTD(wave_size=16, expansion_stride=4),
     "zero-order": NoiseSearch(method="zero_order", strength=0.31, stride=1),
     "eps-greedy": NoiseSearch(method="eps_greedy", strength=0.15, stride=1),
     "evosearch": Evolution(stride=1),
