@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mctd_diffusers.evaluation.ground_truth import MixtureEnvironment
 from mctd_diffusers.search.strategies import BestOfN
 from mctd_diffusers.search.tree import ROOT, STEP
-from tests.toys import linear_gaussian, search, small_environment
-
-
-def spread_of_samples(environment: MixtureEnvironment) -> float:
-    """Standard deviation of what the ancestral sampler makes of a standard Gaussian.
-
-    There the denoised estimate of ``x`` is ``alpha x``, so a step is linear, and samples stay
-    Gaussian; few steps leave them narrower than the data.
-    """
-    variance = 1.0
-    levels = list(zip(environment.alpha, environment.sigma, strict=True))
-    for (alpha, sigma), (alpha_next, sigma_next) in pairwise(levels):
-        fresh = (sigma_next / sigma) ** 2 * (1 - (alpha / alpha_next) ** 2)
-        kept = np.sqrt(sigma_next**2 - fresh)
-        variance = (alpha_next * alpha + kept * sigma) ** 2 * variance + fresh
-    return float(np.sqrt(variance))
+from tests.toys import linear_gaussian, search, small_environment, spread_of_samples
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -77,6 +78,21 @@ def linear_gaussian(num_problems: int, num_steps: int) -> MixtureEnvironment:
     return MixtureEnvironment(
         [mixture] * num_problems, [reward] * num_problems, num_steps=num_steps
     )
+
+
+def spread_of_samples(environment: MixtureEnvironment) -> float:
+    """Standard deviation of what the ancestral sampler makes of :func:`linear_gaussian`.
+
+    There the denoised estimate of ``x`` is ``alpha x``, so a step is linear, and samples stay
+    Gaussian; few steps leave them narrower than the data.
+    """
+    variance = 1.0
+    levels = list(zip(environment.alpha, environment.sigma, strict=True))
+    for (alpha, sigma), (alpha_next, sigma_next) in pairwise(levels):
+        fresh = (sigma_next / sigma) ** 2 * (1 - (alpha / alpha_next) ** 2)
+        kept = np.sqrt(sigma_next**2 - fresh)
+        variance = (alpha_next * alpha + kept * sigma) ** 2 * variance + fresh
+    return float(np.sqrt(variance))
 
 
 class CountingEnvironment(MixtureEnvironment):
