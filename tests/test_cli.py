@@ -182,6 +182,11 @@ def test_bench_makes_its_cells_once_and_reports(
     cells = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cells/*/*.json")}
     assert len(cells) == 2 * (1 + 2 * 3)
     assert "14/14 cells" in err
+    with (tmp_path / "results.csv").open() as file:
+        assert len(file.readlines()) == 1 + 6 * 7
+    assert "| more_steps |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "curves.png").is_file()
+    assert str(tmp_path / "report.md") in out
     status, again, err = run(capsys, *arguments)
     assert status == 0
     assert again == out

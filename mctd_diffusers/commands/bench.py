@@ -254,6 +254,17 @@ def _run(
             f"there are no cells of this plan in {folder}: name the folder and the options that "
             "they were made with, or leave --report-only out"
         )
+    from mctd_diffusers.evaluation.benchmark.claims import claims
+    from mctd_diffusers.evaluation.benchmark.report import results_of, write_report
+
+    table, report, curves = write_report(plan, cells, out)
+    for claim in claims(results_of(plan, cells)):
+        said = {True: "holds", False: "does not hold", None: "open"}[claim.holds]
+        typer.echo(f"{said}: {claim.sentence}")
+    typer.echo("")
+    typer.echo(f"runs:   {table}")
+    typer.echo(f"report: {report}")
+    typer.echo(f"curves: {curves}")
 
 
 def _callable(text: str) -> Any:

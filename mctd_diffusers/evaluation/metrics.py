@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from mctd_diffusers.errors import ConfigError
 
@@ -41,28 +42,9 @@ def bootstrap_mean(
 
     Reference: Efron and Tibshirani, "An introduction to the bootstrap" (1993), chapter 13.
     """
-    if len(values) == 0:
-        raise ConfigError("values are empty: a mean needs at least one prompt")
-    rng = np.random.default_rng(seed)
-    rows = rng.integers(len(values), size=(_RESAMPLES, len(values)))
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(values[rows].mean(axis=1), [tail, 100 - tail])
+    low, high = np.percentile(resampled_means(values, seed=seed), [tail, 100 - tail])
     return Interval(float(values.mean()), float(low), float(high))
-
-
-def paired_difference(
-    first: Float[np.ndarray, " prompts"],
-    second: Float[np.ndarray, " prompts"],
-    *,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Return the mean of ``first - second`` over the same prompts, with its bootstrap interval.
-
-    Raises:
-        ConfigError: there are no prompts.
-    """
-    return bootstrap_mean(first - second, confidence=confidence, seed=seed)
 
 
 def kernel_distance(
@@ -163,3 +145,66 @@ def vendi_score(features: Float[np.ndarray, "samples features"]) -> float:
     shares = np.linalg.eigvalsh(units @ units.T / len(features))
     shares = shares[shares > 0]
     return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def resampled_means(
+    values: Float[np.ndarray, " prompts"], *, seed: int = 0
+) -> Float[np.ndarray, " resamples"]:
+    """Return the means of 10,000 bootstrap resamples, the same prompts for the same number of them.
+
+    Args:
+        values: one for each prompt; the prompts are what is drawn again.
+        seed: of the resampling.
+
+    Raises:
+        ConfigError: there are no values.
+    """
+    if len(values) == 0:
+        raise ConfigError("values are empty: a mean needs at least one prompt")
+    return np.asarray(values[_resampled_rows(len(values), seed)].mean(axis=1))
+
+
+@functools.lru_cache(maxsize=2)
+def _resampled_rows(count: int, seed: int) -> Int[np.ndarray, "resamples rows"]:
+    """Rows of every resample of so many values."""
+    return np.random.default_rng(seed).integers(count, size=(_RESAMPLES, count), dtype=np.int32)
+
+
+def bootstrap_p_value(
+    values: Float[np.ndarray, " prompts"], *, bound: float = 0.0, seed: int = 0
+) -> float:
+    """Return the one-sided p-value against "the mean over prompts is at most ``bound``".
+
+    ``p = (1 + number of resampled means at most bound) / (1 + resamples)``, which is below ``a``
+    where the percentile bootstrap's lower bound of confidence ``1 - a`` lies above ``bound``.
+
+    Args:
+        values: one for each prompt, such as paired differences.
+        bound: 0 to ask whether the mean is above 0, minus a margin to ask for non-inferiority.
+        seed: of the resampling.
+
+    Raises:
+        ConfigError: there are no values.
+
+    Reference: Davison and Hinkley, "Bootstrap methods and their application" (1997), equation 4.11.
+    """
+    means = resampled_means(values, seed=seed)
+    return float((1 + (means <= bound).sum()) / (1 + len(means)))
+
+
+def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
+    """Return p-values adjusted for the number of tests, in their order.
+
+    With ``p_(1) <= ... <= p_(m)``, the i-th is ``max over j <= i of min(1, (m - j + 1) p_(j))``; to
+    reject what is at most ``a`` keeps the chance of any false rejection at most ``a``.
+
+    >>> holm(np.array([0.04, 0.01, 0.03])).tolist()
+    [0.06, 0.03, 0.06]
+
+    Reference: Holm, "A simple sequentially rejective multiple test procedure" (1979).
+    """
+    order = np.argsort(p_values, kind="stable")
+    times = np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.maximum.accumulate(np.minimum(1, times * p_values[order]))
+    return adjusted

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,10 +12,12 @@ from hypothesis import strategies as st
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.metrics import (
     bootstrap_mean,
+    bootstrap_p_value,
     correlation,
+    holm,
     kernel_distance,
-    paired_difference,
     pairwise_diversity,
+    vendi_score,
 )
 
 
@@ -42,7 +46,7 @@ def test_pairing_takes_out_what_prompts_share() -> None:
     rng = np.random.default_rng(0)
     hard = rng.normal(size=100)
     better = hard + 0.1 + 0.01 * rng.normal(size=100)
-    difference = paired_difference(better, hard)
+    difference = bootstrap_mean(better - hard)
     assert 0.09 < difference.low < difference.mean < difference.high < 0.11
 
 
@@ -81,3 +85,56 @@ def test_wrong_sizes_are_refused() -> None:
         pairwise_diversity(np.ones((1, 2)))
     with pytest.raises(ConfigError, match="all zero"):
         pairwise_diversity(np.zeros((2, 2)))
+
+
+def test_a_bootstrap_p_value_is_that_of_the_normal_law() -> None:
+    values = np.random.default_rng(1).normal(0.2, 1.0, size=300)
+    error = values.std() / np.sqrt(300)
+    for bound in (0.1, 0.2, -0.05):
+        z = (values.mean() - bound) / error
+        normal = 0.5 * math.erfc(z / math.sqrt(2))
+        # 10,000 resamples leave a standard error of 0.005 at most.
+        assert bootstrap_p_value(values, bound=bound) == pytest.approx(normal, abs=0.015)
+
+
+def test_a_p_value_below_its_level_is_an_interval_above_the_bound() -> None:
+    for seed in range(8):
+        values = np.random.default_rng(seed).normal(0.15, 1.0, size=150)
+        low = bootstrap_mean(values, confidence=0.9).low  # its lower end leaves 5 % below
+        p_value = bootstrap_p_value(values)
+        if abs(p_value - 0.05) > 1e-3:
+            assert (p_value < 0.05) == (low > 0)
+
+
+def test_the_least_p_value_is_one_in_the_resamples() -> None:
+    assert bootstrap_p_value(np.ones(5)) == pytest.approx(1 / 10_001)
+    assert bootstrap_p_value(np.ones(5), bound=1.0) == 1.0
+    with pytest.raises(ConfigError, match="values are empty"):
+        bootstrap_p_value(np.array([]))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holm_rejects_what_the_step_down_procedure_rejects(p_values: list[float]) -> None:
+    adjusted = holm(np.array(p_values))
+    rejected = np.zeros(len(p_values), dtype=bool)
+    for step, i in enumerate(np.argsort(p_values, kind="stable")):
+        if (len(p_values) - step) * p_values[i] > 0.05:
+            break
+        rejected[i] = True
+    assert ((adjusted <= 0.05) == rejected).all()
+    assert (adjusted >= np.array(p_values)).all()
+    assert (adjusted <= 1).all()
+
+
+def test_a_vendi_score_counts_what_differs() -> None:
+    assert vendi_score(np.eye(5)) == pytest.approx(5)
+    assert vendi_score(np.ones((5, 3))) == pytest.approx(1)
+    assert vendi_score(np.array([[1.0, 0.0]])) == pytest.approx(1)
+    # Two samples at an angle: eigenvalues (1 + cos) / 2 and (1 - cos) / 2.
+    cosine = 0.6
+    shares = np.array([(1 + cosine) / 2, (1 - cosine) / 2])
+    pair = np.array([[1.0, 0.0], [0.6, 0.8]])
+    assert vendi_score(pair) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert vendi_score(7 * pair) == pytest.approx(vendi_score(pair))
+    with pytest.raises(ConfigError, match="1 of them all zero"):
+        vendi_score(np.array([[1.0, 0.0], [0.0, 0.0]]))

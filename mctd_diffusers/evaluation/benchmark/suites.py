@@ -22,14 +22,11 @@ from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.benchmark.cells import Drawn, Run
 from mctd_diffusers.evaluation.benchmark.identity import code_hash, weights_hash
 from mctd_diffusers.evaluation.benchmark.plan import BenchPlan, Method, Task
-from mctd_diffusers.evaluation.ground_truth import (
-    Mixture,
-    MixtureEnvironment,
-    rugged_environment,
-    subspace_environment,
-)
+from mctd_diffusers.evaluation.ground_truth import standardised_log_likelihood
 from mctd_diffusers.evaluation.judge import SceneJudge
 from mctd_diffusers.evaluation.metrics import vendi_score
+from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
+from mctd_diffusers.evaluation.mixture_worlds import rugged_environment, subspace_environment
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.rewards.calls import call_reward, reward_name
 from mctd_diffusers.search.budget import Budget
@@ -376,7 +373,7 @@ class MixtureSuite:
 
     def identity(self, method: Method) -> Mapping[str, str]:
         """Hash of the code of the method, the runner and the worlds."""
-        shared = ("mctd_diffusers.search.runner", "mctd_diffusers.evaluation.ground_truth")
+        shared = ("mctd_diffusers.search.runner", "mctd_diffusers.evaluation.mixture_worlds")
         return {"code": code_hash([type(method.strategy).__module__, *shared])}
 
     def draw(self, task: Task) -> Drawn:
@@ -413,6 +410,8 @@ def _searched_world(task: Task, kind: str, numbers: Sequence[int]) -> tuple[dict
             num_steps=task.num_steps,
             root_seed=root_seed_of(environment.first_noise(number).tobytes()),
             budget=Budget(nfe=task.nfe),
+            rows_per_nfe=environment.rows_per_nfe,
+            free_guidance=environment.free_guidance,
         )
         for number in numbers
     ]
@@ -431,12 +430,8 @@ def _searched_world(task: Task, kind: str, numbers: Sequence[int]) -> tuple[dict
             result,
             environment.latents(finished),
             gold=result.best.reward,
-            log_likelihood_z=_log_likelihood_z(environment.mixtures[number], winner),
+            log_likelihood_z=float(
+                standardised_log_likelihood(environment.mixtures[number], winner)[0]
+            ),
         )
     return runs, environment.ledger.total
-
-
-def _log_likelihood_z(mixture: Mixture, point: Float[np.ndarray, "1 dimensions"]) -> float:
-    """Log density of a point, standardised by that of 4096 samples of the mixture."""
-    typical = mixture.log_density(mixture.sample(np.random.default_rng(0), 4096))
-    return float((mixture.log_density(point)[0] - typical.mean()) / typical.std())
