@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mctd_diffusers.search.strategies.evolution import Evolution
     from mctd_diffusers.search.strategies.mctd import MCTD
     from mctd_diffusers.search.strategies.noise_search import NoiseSearch
+    from mctd_diffusers.search.strategies.rollover import Rollover
     from mctd_diffusers.search.strategies.smc import SMC
     from mctd_diffusers.search.strategies.textbook_mctd import TextbookMCTD
 
@@ -70,6 +71,7 @@ _MODULES = {
     "NoiseSearch": "search.strategies.noise_search",
     "NonFiniteRewardError": "errors",
     "RewardError": "errors",
+    "Rollover": "search.strategies.rollover",
     "SceneJudge": "evaluation.judge",
     "ScheduleError": "errors",
     "SearchError": "errors",
@@ -104,6 +106,7 @@ __all__ = [
     "NoiseSearch",
     "NonFiniteRewardError",
     "RewardError",
+    "Rollover",
     "SceneJudge",
     "ScheduleError",
     "SearchError",

@@ -20,6 +20,7 @@ from mctd_diffusers.search.strategies import (
     DraftRefine,
     Evolution,
     NoiseSearch,
+    Rollover,
     TextbookMCTD,
 )
 from tests.by_hand import columns_of
@@ -35,6 +36,7 @@ SEARCHES: Final[dict[str, Strategy]] = {
     "mctd": MCTD(),
     "textbook_mctd": TextbookMCTD(guidances=(None, None), depth=2, wave_size=2),
     "noise_search": NoiseSearch(candidates=2),
+    "rollover": Rollover(),
     "smc": SMC(),
 }
 """Name of a golden tree -> its search, with the settings that a user gets by that name."""
@@ -48,6 +50,7 @@ NFE: Final = {
     "mctd": 22,
     "textbook_mctd": 24,
     "noise_search": 16,
+    "rollover": 22,
     "smc": 22,
 }
 

@@ -19,6 +19,7 @@ from mctd_diffusers.search.strategies import (
     DraftRefine,
     Evolution,
     NoiseSearch,
+    Rollover,
     TextbookMCTD,
 )
 from mctd_diffusers.search.tree import DRAW, ROOT, STEP, Tree, add_child
@@ -151,6 +152,14 @@ textbook_mctds = st.builds(
     wave_size=st.integers(1, 6),
     branch_eta=st.sampled_from((0.5, 1.0)),
 )
+rollovers = st.builds(
+    partial(built, Rollover),
+    initial_share=st.sampled_from((0.0, 0.1, 0.5, 1.0)),
+    threshold=st.sampled_from((None, -1.0, 0.0, 2.0)),
+    stride=st.integers(1, 4),
+    wave_size=st.integers(1, 4),
+    branch_eta=st.sampled_from((0.0, 0.5, 1.0)),
+)
 smcs = st.builds(
     partial(built, SMC),
     particles=st.none() | st.integers(1, 4),
@@ -171,6 +180,7 @@ searches = (
     | evolutions
     | mctds
     | noise_searches
+    | rollovers
     | smcs
     | textbook_mctds
 )

@@ -13,11 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mctd_diffusers.errors import ConfigError, ScheduleError
-from mctd_diffusers.evaluation.ground_truth import (
-    MixtureEnvironment,
-    rugged_environment,
-    subspace_environment,
-)
+from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
+from mctd_diffusers.evaluation.mixture_worlds import rugged_environment, subspace_environment
 from mctd_diffusers.search.budget import Budget
 from mctd_diffusers.search.environment import Action, Denoise, Perturb, Renoise, Reset, Step
 from mctd_diffusers.search.runner import Strategy, run_search
@@ -31,6 +28,7 @@ from mctd_diffusers.search.strategies import (
     DraftRefine,
     Evolution,
     NoiseSearch,
+    Rollover,
     TextbookMCTD,
     resolve_strategy,
 )
@@ -54,6 +52,7 @@ DEFAULTS: dict[str, Strategy] = {
     "evolution": Evolution(),
     "mctd": MCTD(),
     "noise_search": NoiseSearch(),
+    "rollover": Rollover(),
     "smc": SMC(),
     "textbook_mctd": TextbookMCTD(),
 }
@@ -371,6 +370,11 @@ def test_a_class_is_no_strategy_yet(wrong: Any) -> None:
         (Evolution, "state_strength", float("nan")),
         (Evolution, "stride", 0),
         (Evolution, "branch_eta", 0.0),
+        (Rollover, "initial_share", 1.1),
+        (Rollover, "threshold", float("nan")),
+        (Rollover, "stride", 0),
+        (Rollover, "wave_size", 0),
+        (Rollover, "branch_eta", -0.1),
         (SMC, "particles", 0),
         (SMC, "temperature", 0.0),
         (SMC, "temperature_share", 0.0),

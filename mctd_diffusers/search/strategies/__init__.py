@@ -14,6 +14,7 @@ from mctd_diffusers.search.strategies.dts import DTS
 from mctd_diffusers.search.strategies.evolution import Evolution
 from mctd_diffusers.search.strategies.mctd import MCTD
 from mctd_diffusers.search.strategies.noise_search import NoiseSearch
+from mctd_diffusers.search.strategies.rollover import Rollover
 from mctd_diffusers.search.strategies.smc import SMC
 from mctd_diffusers.search.strategies.textbook_mctd import TextbookMCTD
 
@@ -28,6 +29,7 @@ __all__ = [
     "DraftRefine",
     "Evolution",
     "NoiseSearch",
+    "Rollover",
     "TextbookMCTD",
     "resolve_strategy",
 ]
@@ -41,6 +43,7 @@ STRATEGIES: Final[dict[str, type[Strategy]]] = {
     "mctd": MCTD,
     "textbook_mctd": TextbookMCTD,
     "noise_search": NoiseSearch,
+    "rollover": Rollover,
     "smc": SMC,
 }
 """Name of a search -> its class, whose defaults are the search of that name."""
@@ -49,6 +52,8 @@ PRESETS: Final[dict[str, Strategy]] = {
     "svdd": Beam(),
     "code": Beam(block=5),
     "treeg": Beam(width=2),
+    "rbf": Rollover(),
+    "verifier-threshold": Rollover(threshold=2.0),
     "dts*": DTS(select="uct"),
     "dts-star": DTS(select="uct"),
     "fk": SMC(),
