@@ -14,11 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mctd_diffusers.evaluation.ground_truth import (
-    MixtureEnvironment,
-    rugged_environment,
-    subspace_environment,
-)
+from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
+from mctd_diffusers.evaluation.mixture_worlds import rugged_environment, subspace_environment
 from mctd_diffusers.search.budget import Budget
 from mctd_diffusers.search.runner import Problem, Strategy, run_search
 from mctd_diffusers.search.seeding import root_seed_of
@@ -44,6 +41,7 @@ def run(strategy: Strategy, environment: MixtureEnvironment, nfe: int) -> tuple[
             num_steps=environment.num_steps,
             root_seed=root_seed_of(environment.first_noise(index).tobytes()),
             budget=Budget(nfe=nfe),
+            free_guidance=environment.free_guidance,
         )
         for index in range(len(environment.mixtures))
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mctd_diffusers.evaluation.ground_truth import MixtureEnvironment
+from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
 from mctd_diffusers.search.environment import (
     Denoise,
     Perturb,

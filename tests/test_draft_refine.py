@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mctd_diffusers.evaluation.ground_truth import MixtureEnvironment
+from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
 from mctd_diffusers.search.runner import SearchResult
 from mctd_diffusers.search.strategies import BestOfN, DraftRefine, resolve_strategy
 from mctd_diffusers.search.strides import constant_strides

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.evaluation.ground_truth import rugged_environment
+from mctd_diffusers.evaluation.mixture_worlds import rugged_environment
 from mctd_diffusers.search.backups import soft_values
 from mctd_diffusers.search.runner import SearchResult
 from mctd_diffusers.search.strategies import DTS, resolve_strategy

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mctd_diffusers.evaluation.ground_truth import rugged_environment
+from mctd_diffusers.evaluation.mixture_worlds import rugged_environment
 from mctd_diffusers.search.budget import Budget
 from mctd_diffusers.search.environment import Reset, Step
 from mctd_diffusers.search.runner import SearchResult

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mctd_diffusers.errors import ConfigError, SearchError
-from mctd_diffusers.evaluation.ground_truth import LinearReward, MixtureEnvironment
+from mctd_diffusers.evaluation.ground_truth import LinearReward
+from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
 from mctd_diffusers.search.budget import Budget
 from mctd_diffusers.search.environment import FIRST_DRAW, Action, Asks, Counts
 from mctd_diffusers.search.moves import denoise, draw, perturb, renoise, reward, step, value

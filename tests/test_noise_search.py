@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mctd_diffusers.errors import BudgetError, ConfigError
-from mctd_diffusers.evaluation.ground_truth import rugged_environment
+from mctd_diffusers.evaluation.mixture_worlds import rugged_environment
 from mctd_diffusers.search.runner import SearchResult
 from mctd_diffusers.search.strategies import PRESETS, BestOfN, NoiseSearch
 from mctd_diffusers.search.tree import DRAW, PERTURB, ROOT, STEP, Tree, subtree

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mctd_diffusers.errors import ConfigError, RewardError, SearchError
-from mctd_diffusers.evaluation.ground_truth import MixtureEnvironment
+from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
 from mctd_diffusers.search.budget import Budget, StopReason
 from mctd_diffusers.search.environment import Asks, Release
 from mctd_diffusers.search.log import SearchLog

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mctd_diffusers.errors import BudgetError, ConfigError
-from mctd_diffusers.evaluation.ground_truth import MixtureEnvironment
+from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
 from mctd_diffusers.search.budget import Budget
 from mctd_diffusers.search.environment import Asks, Handles, Values
 from mctd_diffusers.search.moves import generator_for

@@ -11,11 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.evaluation.ground_truth import (
-    MixtureEnvironment,
-    QuadraticReward,
-    rugged_environment,
-)
+from mctd_diffusers.evaluation.ground_truth import QuadraticReward
+from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
+from mctd_diffusers.evaluation.mixture_worlds import rugged_environment
 from mctd_diffusers.search.runner import SearchResult
 from mctd_diffusers.search.strategies import TextbookMCTD, resolve_strategy
 from mctd_diffusers.search.tree import ROOT, STEP, Tree, path_to_root

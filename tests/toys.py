@@ -7,12 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from mctd_diffusers.evaluation.ground_truth import (
-    LinearReward,
-    Mixture,
-    MixtureEnvironment,
-    QuadraticReward,
-)
+from mctd_diffusers.evaluation.ground_truth import LinearReward, Mixture, QuadraticReward
+from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
 from mctd_diffusers.search.budget import Budget
 from mctd_diffusers.search.environment import Action, Handles, Prices, Seeds, Values
 from mctd_diffusers.search.runner import Problem, SearchResult, Strategy, run_search

@@ -7,5 +7,6 @@
 - `metrics`: intervals over prompts, distances, diversity.
 - `model_report`: what a model draws by itself (``mctd evaluate-model``).
 - `benchmark`, `benchmark_report`: methods against each other at equal NFE (``mctd bench``).
-- `ground_truth`: mixtures with a known score, on which a search can be checked exactly.
+- `ground_truth`: mixtures in closed form: score, values, transitions, what a reward tilts them to.
+- `mixture_environment`: a search's world over them; `mixture_worlds`: problems to compare it on.
 """

@@ -17,27 +17,21 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mctd_diffusers.errors import CapacityError, ConfigError, NonFiniteRewardError, SearchError
+from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.ground_truth import (
+    SCHEDULES,
     Floats,
     LinearReward,
     Mixture,
-    MixtureEnvironment,
     Posterior,
     QuadraticReward,
+    RuggedReward,
     cosine_schedule,
+    ddim_std,
     ddim_step,
-    rugged_environment,
-    subspace_environment,
+    standardised_log_likelihood,
 )
-from mctd_diffusers.search.environment import FIRST_DRAW, Action, Counts, Environment
-from tests.toys import (
-    PRICES,
-    CountingEnvironment,
-    linear_gaussian,
-    small_environment,
-    small_mixture,
-)
+from tests.toys import small_mixture
 
 TEMPERATURE = 0.8
 
@@ -179,6 +173,32 @@ def test_posterior_samples_have_the_moments_of_their_posterior() -> None:
     assert (np.abs(samples.var(axis=1) - spread) < 4 * error).all()
 
 
+def test_a_posterior_sample_is_what_its_numbers_say() -> None:
+    law = Posterior(
+        np.log([[0.25, 0.75], [0.5, 0.5]]), np.arange(8.0).reshape(2, 2, 2), np.full((2, 2), 4.0)
+    )
+    uniform = np.array([[0.2, 0.3], [0.49, 1.0]])
+    noise = np.zeros((2, 2, 2))
+    noise[1, 1] = 1.0, -1.0
+    placed = law.place(uniform, noise)
+    assert placed.tolist() == [[[0, 1], [2, 3]], [[4, 5], [8, 5]]]
+
+
+def test_log_likelihoods_are_standardised_by_those_of_samples() -> None:
+    # For one Gaussian the log density is a constant less half a chi-square number.
+    dimensions = 64
+    mixture = Mixture(np.ones(1), np.zeros((1, dimensions)), np.full((1, dimensions), 0.3))
+    x = mixture.sample(np.random.default_rng(1), 500)
+    chi_square = (x**2 / 0.3).sum(axis=1)
+    expected = (dimensions - chi_square) / (2 * dimensions) ** 0.5
+    found = standardised_log_likelihood(mixture, x)
+    # Mean and deviation are known to 1 / sqrt(4096), the deviation a little less well.
+    np.testing.assert_allclose(found, expected, atol=0.15)
+    assert abs(found.mean()) < 4 / 500**0.5
+    far = standardised_log_likelihood(mixture, 1.5 * x)
+    assert (far < found - 3).all()
+
+
 @pytest.mark.parametrize(
     ("weights", "means", "variances", "message"),
     [
@@ -232,6 +252,23 @@ def test_values_are_integrals_over_the_posterior(path: Path, reward: Any, seed: 
     soft = TEMPERATURE * np.log(density @ np.exp(reward(GRID) / TEMPERATURE) * CELL)
     np.testing.assert_allclose(reward.hard_value(law), hard, atol=1e-8)
     np.testing.assert_allclose(reward.soft_value(law, TEMPERATURE), soft, atol=1e-8)
+
+
+@each_path
+@settings(max_examples=12)
+@given(seed=seeds)
+def test_the_hard_value_of_ripples_is_an_integral(path: Path, seed: int) -> None:
+    mixture = small_mixture(seed, dimensions=1)
+    waves, phases = np.array([[1.5], [-4.0]]), np.array([0.3, 2.0])
+    reward = RuggedReward(np.array([0.5]), waves, phases, curvature=0.2, height=0.7)
+    x = some_points(mixture, path, seed, 3)
+    joint = mixture.log_density(GRID) + log_normal(
+        x[:, None], path.alpha * GRID[None], path.sigma**2
+    )
+    density = np.exp(joint)
+    density /= density.sum(axis=1, keepdims=True)
+    hard = reward.hard_value(mixture.posterior(x, *path.now))
+    np.testing.assert_allclose(hard, density @ reward(GRID), atol=1e-8)
 
 
 @each_path
@@ -403,28 +440,35 @@ def test_transitions_lead_from_marginal_to_marginal(path: Path) -> None:
     np.testing.assert_allclose(arrived, expected, atol=1e-9)
 
 
+@each_path
 @settings(max_examples=12)
 @given(seed=seeds)
-def test_one_ddim_step_has_the_exact_mean_but_too_little_variance(seed: int) -> None:
-    mixture, path = small_mixture(seed), PATHS["variance preserving"]
+def test_one_ddim_step_has_the_exact_mean_but_too_little_variance(path: Path, seed: int) -> None:
+    mixture = small_mixture(seed)
     x = some_points(mixture, path, seed)
-    alpha, sigma, alpha_next, sigma_next = (np.array([[number]]) for number in path)
-    step = ddim_step(
-        x,
-        mixture.denoised(x, *path.now),
-        np.zeros_like(x),
-        alpha=alpha,
-        sigma=sigma,
-        alpha_next=alpha_next,
-        sigma_next=sigma_next,
-        eta=np.ones((1, 1)),
-    )
+    levels = {name: np.array([[number]]) for name, number in path._asdict().items()}
+    eta = np.ones((1, 1))
+    denoised = mixture.denoised(x, *path.now)
+    step = ddim_step(x, denoised, np.zeros_like(x), eta=eta, **levels)
     law = mixture.transition(x, *path)
     np.testing.assert_allclose(step, law.mean(), atol=1e-10)
-    fresh = sigma_next**2 / sigma**2 * (1 - alpha**2 / alpha_next**2)
     weights = np.exp(law.log_weights)
     variance = np.einsum("nk,nki->ni", weights, law.variances + law.means**2) - law.mean() ** 2
-    assert (variance > fresh).all()
+    assert (variance > ddim_std(eta=eta, **levels) ** 2).all()
+
+
+@each_path
+@settings(max_examples=12)
+@given(seed=seeds)
+def test_the_noise_of_a_step_is_that_of_a_known_clean_sample(path: Path, seed: int) -> None:
+    # A component without variance: x_s given x_t is what Bayes' rule says of two normal laws.
+    mean = small_mixture(seed).means[:1]
+    point = Mixture(np.ones(1), mean, np.full((1, 3), 1e-14))
+    x = some_points(point, path, seed)
+    levels = {name: np.array([[number]]) for name, number in path._asdict().items()}
+    law = point.transition(x, *path)
+    std = ddim_std(eta=np.ones((1, 1)), **levels)
+    np.testing.assert_allclose(np.sqrt(law.variances), np.broadcast_to(std, (1, 3)), rtol=1e-6)
 
 
 # ---- steps and the schedule
@@ -470,13 +514,36 @@ def test_the_schedule_preserves_variance_and_ends_at_the_data(num_steps: int) ->
     assert alpha[0] > 0
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("num_steps", [1, 2, 30])
+def test_every_schedule_ends_at_the_data_and_begins_at_noise(schedule: Any, num_steps: int) -> None:
+    alpha, sigma = SCHEDULES[schedule](num_steps)
+    assert alpha.shape == sigma.shape == (num_steps + 1,)
+    assert (alpha[-1], sigma[-1]) == (1, 0)
+    assert (np.diff(sigma) < 0).all()
+    assert (np.diff(alpha) >= 0).all()
+    assert alpha[0] < 0.04 * sigma[0]
+
+
+def test_named_schedules_are_those_of_their_papers() -> None:
+    alpha, sigma = SCHEDULES["flow"](4)
+    assert sigma.tolist() == [1, 0.75, 0.5, 0.25, 0]
+    np.testing.assert_array_equal(alpha + sigma, 1)
+    alpha, sigma = SCHEDULES["edm"](18)
+    assert (alpha == 1).all()
+    # Karras et al. (2022), equation 5, at i = 0, 1 and 17 of 18.
+    middle = (80 ** (1 / 7) + (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 17) ** 7
+    np.testing.assert_allclose(sigma[[0, 1, 17, 18]], [80, middle, 0.002, 0])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_many_steps_draw_from_the_mixture(eta: float) -> None:
+def test_many_steps_draw_from_the_mixture(schedule: Any, eta: float) -> None:
     mixture = Mixture(np.array([0.3, 0.7]), np.array([[-2.0], [1.5]]), np.array([[0.25], [0.5]]))
     count, num_steps = 4000, 200
-    alpha, sigma = (term.reshape(-1, 1) for term in cosine_schedule(num_steps))
+    alpha, sigma = (term.reshape(-1, 1) for term in SCHEDULES[schedule](num_steps))
     generator = np.random.default_rng(1)
-    x = generator.standard_normal((count, 1))
+    x = np.hypot(alpha[0], sigma[0]) * generator.standard_normal((count, 1))
     for i in range(num_steps):
         x = ddim_step(
             x,
@@ -495,310 +562,3 @@ def test_many_steps_draw_from_the_mixture(eta: float) -> None:
     deviation = np.abs(expected - (np.arange(count) + 0.5) / count).max()
     # 1.63 / sqrt(count) is the 1 % point of Kolmogorov and Smirnov; the rest is for finite steps.
     assert deviation < 1.63 / count**0.5 + 0.01
-
-
-# ---- the environment's contract
-
-
-def evaluated(environment: MixtureEnvironment, count: int = 3) -> np.ndarray:
-    """Handles of ``count`` evaluated initial noises of problem 0."""
-    handles = environment.reset(np.zeros(count, dtype=np.int64), np.arange(count) + 1)
-    environment.denoise(handles)
-    return handles
-
-
-def finish(environment: MixtureEnvironment, handles: np.ndarray) -> np.ndarray:
-    """Handles of children that jump to the end."""
-    stride = environment.num_steps
-    return environment.step(handles, [Action(stride)] * len(handles), np.arange(len(handles)))
-
-
-def test_a_mixture_is_an_environment() -> None:
-    assert isinstance(small_environment(), Environment)
-
-
-def test_handles_are_never_used_again() -> None:
-    environment = small_environment(2, 4)
-    seen: set[int] = set()
-    for turn in range(40):  # beyond the first capacity of 64 rows
-        new = [environment.reset(np.array([0, 1]), np.array([FIRST_DRAW, turn]))]
-        environment.denoise(new[0])
-        new.append(environment.step(new[0], [Action(1), Action(2)], np.array([turn, turn])))
-        new.append(environment.renoise(new[0], 0, np.array([turn, turn])))
-        new.append(environment.restore(environment.export(new[1])))
-        handles = np.concatenate(new).tolist()
-        assert len(set(handles)) == len(handles)
-        assert not seen & set(handles)
-        assert min(handles) > max(seen, default=-1)
-        seen.update(handles)
-        environment.release(np.array(handles))
-
-
-def test_children_are_lazy_until_somebody_evaluates_them() -> None:
-    environment = small_environment(1, 4)
-    parents = evaluated(environment)
-    before = environment.ledger.total
-    children = environment.step(parents, [Action(2, 1.0)] * 3, np.arange(3))
-    assert environment.ledger.total == before
-    assert environment.step_price(parents, [Action(2, 1.0)] * 3) == Counts()
-    for ask in (
-        lambda: environment.value(children[1:]),
-        lambda: environment.step(children[1:], [Action(1)] * 2, np.arange(2)),
-        lambda: environment.renoise(children[1:], 0, np.arange(2)),
-    ):
-        with pytest.raises(SearchError, match="are not evaluated; denoise them first") as caught:
-            ask()
-        assert caught.value.handles == tuple(children[1:])
-    environment.denoise(children)
-    assert np.isfinite(environment.value(children)).all()
-
-
-def test_an_edge_is_the_same_in_any_company() -> None:
-    environment = small_environment(1, 4)
-    parents = evaluated(environment)
-    actions = [Action(1, 1.0), Action(2, 0.5), Action(2, None)]
-    edge_seeds = np.array([5, 6, 7])
-    together = environment.latents(environment.step(parents, actions, edge_seeds))
-    for i in (2, 0, 1):
-        alone = environment.step(parents[i : i + 1], actions[i : i + 1], edge_seeds[i : i + 1])
-        np.testing.assert_array_equal(environment.latents(alone), together[i : i + 1])
-    others = environment.latents(environment.step(parents, actions, edge_seeds + 10))
-    assert (others != together).any(axis=1).all()
-
-
-@pytest.mark.parametrize(
-    ("stride", "eta", "is_noisy"),
-    [(2, 1.0, True), (2, None, True), (2, 0.0, False), (4, 1.0, False)],
-)
-def test_noise_enters_by_eta_and_never_on_the_last_edge(
-    stride: int, eta: float | None, is_noisy: bool
-) -> None:
-    environment = small_environment(1, 4)
-    parent = np.repeat(evaluated(environment, 1), 2)
-    one, other = environment.latents(
-        environment.step(parent, [Action(stride, eta)] * 2, np.array([1, 2]))
-    )
-    assert (one != other).any() == is_noisy
-
-
-def test_the_environments_own_eta_stands_for_none() -> None:
-    for eta in (0.0, 0.6):
-        mixture = small_mixture()
-        environment = MixtureEnvironment(
-            [mixture], [LinearReward(np.ones(3))], num_steps=4, eta=eta
-        )
-        parent = np.repeat(evaluated(environment, 1), 2)
-        children = environment.step(parent, [Action(1), Action(1, eta)], np.array([3, 3]))
-        one, other = environment.latents(children)
-        np.testing.assert_array_equal(one, other)
-
-
-def test_steps_are_ddim_steps_of_the_exact_denoiser() -> None:
-    environment = small_environment(2, 5)
-    handles = environment.reset(np.array([0, 1]), np.array([4, 4]))
-    environment.denoise(handles)
-    x = environment.latents(handles)
-    assert x[0].tolist() == x[1].tolist()  # a seed is a noise, whatever the problem
-    children = environment.step(handles, [Action(3, 0.0)] * 2, np.array([0, 0]))
-    a, s = environment.alpha, environment.sigma
-    for i, mixture in enumerate(environment.mixtures):
-        denoised = mixture.denoised(x[i : i + 1], a[0], s[0])
-        epsilon = (x[i : i + 1] - a[0] * denoised) / s[0]
-        expected = a[3] * denoised + s[3] * epsilon
-        np.testing.assert_allclose(environment.latents(children)[i : i + 1], expected)
-        value = environment.rewards[i](denoised)
-        np.testing.assert_allclose(environment.value(handles)[i : i + 1], value)
-
-
-def test_first_draws_belong_to_problems_and_others_to_seeds() -> None:
-    environment = small_environment(2, 3)
-    handles = environment.reset(np.array([0, 1, 0, 1]), np.array([FIRST_DRAW, FIRST_DRAW, 8, 8]))
-    x = environment.latents(handles)
-    spread = np.hypot(environment.alpha[0], environment.sigma[0])
-    np.testing.assert_array_equal(x[0], spread * environment.first_noise(0))
-    np.testing.assert_array_equal(x[1], spread * environment.first_noise(1))
-    assert (x[0] != x[1]).all()
-    np.testing.assert_array_equal(x[2], x[3])
-
-
-@settings(max_examples=25)
-@given(st.lists(st.sampled_from(("reset", "denoise", "again", "value", "finish")), max_size=20))
-def test_the_ledger_counts_what_was_asked(asked: list[str]) -> None:
-    environment = small_environment(2, 3, make=CountingEnvironment, prices=PRICES)
-    assert isinstance(environment, CountingEnvironment)
-    new: list[int] = []
-    done: list[int] = []
-    finished: list[int] = []
-    calls = values = 0
-    for turn, what in enumerate(asked):
-        if what == "reset":
-            new += environment.reset(np.array([0, 1]), np.array([turn, turn])).tolist()
-        elif what == "denoise" and new:
-            environment.denoise(np.array(new))
-            done, new, calls = done + new, [], calls + 1
-        elif what == "again" and done:  # costs nothing
-            environment.denoise(np.array(done))
-            environment.reward(np.array(finished, dtype=np.int64))
-        elif what == "value" and done:
-            environment.value(np.array(done))
-            values += len(done)
-        elif what == "finish" and done:
-            made = finish(environment, np.array(done))
-            environment.reward(made)
-            finished += made.tolist()
-    total = environment.ledger.total
-    assert total == Counts(
-        nfe=len(done),
-        rows=len(done),
-        calls=calls,
-        previews=values,
-        decodes=len(finished),
-        reward_calls=values + len(finished),
-    )
-    by_problem = [environment.ledger.spent(problem) for problem in (0, 1)]
-    assert by_problem[0] == by_problem[1]
-    assert by_problem[0] + by_problem[1] == total - Counts(calls=calls)
-    assert environment.ledger.cost == pytest.approx(PRICES.cost(total))
-
-
-def test_a_sample_named_twice_is_paid_once() -> None:
-    environment = small_environment(1, 3)
-    handles = environment.reset(np.zeros(1, dtype=np.int64), np.array([2]))
-    environment.denoise(np.repeat(handles, 3))
-    leaf = finish(environment, handles)
-    one, other = environment.reward(np.repeat(leaf, 2))
-    assert one == other == environment.reward(leaf)[0]
-    assert environment.ledger.total.nfe == 1
-    assert environment.ledger.total.decodes == 1
-
-
-def test_finished_samples_are_rewarded_by_their_own_problem() -> None:
-    environment = small_environment(3, 2)
-    handles = environment.reset(np.array([2, 0, 1]), np.array([4, 4, 5]))
-    environment.denoise(handles)
-    leaves = finish(environment, handles)
-    expected = [
-        environment.rewards[problem](environment.latents(leaves[i : i + 1]))[0]
-        for i, problem in enumerate((2, 0, 1))
-    ]
-    np.testing.assert_allclose(environment.reward(leaves), expected)
-
-
-def test_going_back_up_starts_from_the_denoised_estimate_or_the_finished_sample() -> None:
-    environment = small_environment(1, 4)
-    parents = evaluated(environment, 1)
-    leaf = finish(environment, parents)
-    both = np.concatenate([parents, leaf])
-    again = environment.renoise(both, 2, np.array([9, 9]))
-    mixture, a, s = environment.mixtures[0], environment.alpha, environment.sigma
-    clean = np.concatenate(
-        [
-            mixture.denoised(environment.latents(parents), a[0], s[0]),
-            environment.latents(leaf),
-        ]
-    )
-    noise = environment.latents(environment.reset(np.zeros(1, dtype=np.int64), np.array([9])))
-    noise /= np.hypot(a[0], s[0])
-    np.testing.assert_allclose(environment.latents(again), a[2] * clean + s[2] * noise)
-    environment.denoise(again)  # unfinished, and not yet evaluated
-    assert environment.ledger.total.nfe == 3
-
-
-def test_saved_samples_go_on_where_they_were() -> None:
-    environment = small_environment(2, 4)
-    handles = environment.reset(np.array([1, 0]), np.array([3, FIRST_DRAW]))
-    environment.denoise(handles)
-    children = environment.step(handles, [Action(1, 1.0), Action(2, 1.0)], np.array([1, 2]))
-    saved = environment.export(children)
-    other = small_environment(2, 4)
-    ends = []
-    for world, at in ((environment, children), (other, other.restore(saved))):
-        np.testing.assert_array_equal(world.latents(at), environment.latents(children))
-        world.denoise(at)
-        leaves = world.step(at, [Action(3, 1.0), Action(2, 1.0)], np.array([5, 6]))
-        ends.append((world.value(at), world.reward(leaves), world.latents(leaves)))
-    for one, same in zip(*ends, strict=True):
-        np.testing.assert_array_equal(one, same)
-    assert other.ledger.spent(0).nfe == other.ledger.spent(1).nfe == 1
-
-
-def test_what_was_saved_is_a_copy() -> None:
-    environment = small_environment(1, 4)
-    handles = evaluated(environment, 2)
-    saved = environment.export(handles)
-    before = environment.latents(handles)
-    saved[0][:] = 0
-    environment.latents(handles)[:] = 0
-    np.testing.assert_array_equal(environment.latents(handles), before)
-
-
-def test_what_cannot_be_asked_is_refused_with_the_handles() -> None:
-    environment = small_environment(1, 4)
-    parents = evaluated(environment, 2)
-    leaves = finish(environment, parents)
-    with pytest.raises(SearchError, match="finished samples cannot be denoised") as caught:
-        environment.denoise(leaves)
-    assert caught.value.handles == tuple(leaves)
-    with pytest.raises(SearchError, match="only finished samples have a reward") as caught:
-        environment.reward(parents)
-    assert caught.value.handles == tuple(parents)
-    for stride in (0, 5):
-        with pytest.raises(SearchError, match=rf"strides \[{stride}, 1\] from steps \[0, 0\]"):
-            environment.step(parents, [Action(stride), Action(1)], np.arange(2))
-
-
-def test_unknown_and_released_handles_are_refused_everywhere() -> None:
-    environment = small_environment(1, 4)
-    handles = evaluated(environment, 2)
-    environment.release(handles[:1])
-    for handle in (int(handles[0]), -1, 2, 10**6):
-        some = np.array([handles[1], handle])
-        actions, edge_seeds = [Action(1)] * 2, np.arange(2)
-        for name, arguments in (
-            ("denoise", ()),
-            ("step", (actions, edge_seeds)),
-            ("value", ()),
-            ("reward", ()),
-            ("renoise", (0, edge_seeds)),
-            ("export", ()),
-            ("latents", ()),
-            ("release", ()),
-        ):
-            with pytest.raises(
-                CapacityError, match=rf"handles \[{handle}\] do not exist"
-            ) as caught:
-                getattr(environment, name)(some, *arguments)
-            assert caught.value.handles == (handle,)
-    assert np.isfinite(environment.value(handles[1:])).all()
-
-
-def test_rewards_that_are_not_finite_are_named() -> None:
-    environment = small_environment(1, 2)
-    environment.rewards = (lambda x: np.where(x[:, 0] > x[:, 0].min(), 1.0, np.nan),)
-    handles = evaluated(environment, 3)
-    leaves = finish(environment, handles)
-    worst = int(leaves[environment.latents(leaves)[:, 0].argmin()])
-    with pytest.raises(NonFiniteRewardError, match=rf"nan\] for handles \[{worst}\]") as caught:
-        environment.reward(leaves)
-    assert caught.value.handles == (worst,)
-
-
-def test_every_problem_needs_a_mixture_and_a_reward() -> None:
-    mixture, reward = small_mixture(), LinearReward(np.ones(3))
-    for mixtures, rewards in (([mixture], []), ([], []), ([mixture], [reward, reward])):
-        with pytest.raises(ConfigError, match="give one of each a problem"):
-            MixtureEnvironment(mixtures, rewards, num_steps=4)
-
-
-@pytest.mark.parametrize("make", [rugged_environment, subspace_environment])
-def test_the_worlds_of_the_comparison_are_the_same_for_a_seed(make: Any) -> None:
-    one, same, other = (make(2, num_steps=4, first_seed=seed) for seed in (1, 1, 2))
-    for problem in (0, 1):
-        x = one.mixtures[problem].means
-        np.testing.assert_array_equal(x, same.mixtures[problem].means)
-        np.testing.assert_array_equal(one.rewards[problem](x), same.rewards[problem](x))
-        np.testing.assert_array_equal(one.first_noise(problem), same.first_noise(problem))
-        assert (x != other.mixtures[problem].means).all()
-        assert (one.first_noise(problem) != other.first_noise(problem)).all()
-    assert (one.mixtures[0].means != one.mixtures[1].means).all()
-    assert (linear_gaussian(1, 4).first_noise(0) != one.first_noise(0)[0]).all()
