@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,8 +18,10 @@ from mctd_diffusers.commands.common import (
     Scheduler,
     Steps,
     check_call,
+    check_judge_reads,
     load_gold_judge,
     load_pipeline,
+    named_reward,
     parse_searches,
     saving,
     say,
@@ -102,7 +103,7 @@ def bench(
             searched=f"reward {reward}, gold {gold}, scheduler {scheduler}",
         )
         if gold == "judge" and plan.suite != _MIXTURE:
-            _check_judge_reads(plan.prompts)
+            check_judge_reads(plan.prompts)
         for sentence in plan.left_out():
             say(f"left out is {sentence}")
         _run(
@@ -180,24 +181,6 @@ def _read_methods(text: str) -> Iterator[Method]:
         yield own(label) or Method(label, resolve_strategy(chosen))
 
 
-def _check_judge_reads(prompts: Sequence[str]) -> None:
-    """Refuse prompts that the judge cannot read.
-
-    Raises:
-        ConfigError: names the first of them and what to give.
-    """
-    from mctd_diffusers.evaluation.scenes import parse_prompt
-
-    for prompt in prompts:
-        try:
-            parse_prompt(prompt)
-        except ConfigError as error:
-            raise ConfigError(
-                f"the judge in the box cannot read every prompt ({error}): name another gold with "
-                "--gold, such as clip or module:function"
-            ) from error
-
-
 def _run(
     plan: BenchPlan,
     out: Path,
@@ -242,9 +225,9 @@ def _run(
             )
 
             judged_by = (
-                JudgeGold(load_gold_judge()) if gold == "judge" else RewardGold(_callable(gold))
+                JudgeGold(load_gold_judge()) if gold == "judge" else RewardGold(named_reward(gold))
             )
-            searched = reward if reward is None or ":" not in reward else _callable(reward)
+            searched = reward if reward is None or ":" not in reward else named_reward(reward)
             pipe = load_pipeline(plan.suite, searched, call)
             made = PipelineSuite(pipe, judged_by, plan)
         with _progress(plan, saved) as on_cell:
@@ -265,30 +248,6 @@ def _run(
     typer.echo(f"runs:   {table}")
     typer.echo(f"report: {report}")
     typer.echo(f"curves: {curves}")
-
-
-def _callable(text: str) -> Any:
-    """A reward by its name, or a function by ``module:function``.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    from mctd_diffusers.rewards.resolving import resolve_reward
-
-    module, colon, name = text.partition(":")
-    if not colon:
-        return resolve_reward(text)
-    here = str(Path.cwd())
-    sys.path.insert(0, here)  # as `python -m` has it
-    try:
-        return resolve_reward(getattr(importlib.import_module(module), name))
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{text!r} cannot be had ({error}): write module:function of a module that Python "
-            "finds from this folder"
-        ) from error
-    finally:
-        sys.path.remove(here)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import importlib
 import logging
 import math
 import re
@@ -400,6 +401,30 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def named_reward(text: str) -> Any:
+    """A reward by its name, or a function by ``module:function``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from mctd_diffusers.rewards.resolving import resolve_reward
+
+    module, colon, name = text.partition(":")
+    if not colon:
+        return resolve_reward(text)
+    here = str(Path.cwd())
+    sys.path.insert(0, here)  # as `python -m` has it
+    try:
+        return resolve_reward(getattr(importlib.import_module(module), name))
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{text!r} cannot be had ({error}): write module:function of a module that Python "
+            "finds from this folder"
+        ) from error
+    finally:
+        sys.path.remove(here)
+
+
 # --- the judge ----------------------------------------------------------------------------------
 
 
@@ -419,3 +444,21 @@ def load_gold_judge() -> Any:
         raise ConfigError(
             f"the gold judge cannot be loaded from {EMBEDDED_JUDGE}: {first_line(error)}"
         ) from error
+
+
+def check_judge_reads(prompts: Sequence[str]) -> None:
+    """Refuse prompts that the judge cannot read.
+
+    Raises:
+        ConfigError: names the first of them and what to give.
+    """
+    from mctd_diffusers.evaluation.scenes import parse_prompt
+
+    for prompt in prompts:
+        try:
+            parse_prompt(prompt)
+        except ConfigError as error:
+            raise ConfigError(
+                f"the judge in the box cannot read every prompt ({error}): name another gold with "
+                "--gold, such as clip or module:function"
+            ) from error
