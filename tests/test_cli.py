@@ -174,8 +174,8 @@ def test_bench_makes_its_cells_once_and_reports(
     capsys: pytest.CaptureFixture[str], box: Path, tmp_path: Path
 ) -> None:
     arguments = [
-        "bench", "--limit", 6, "--budgets", "3x,2x", "--strategies", "beam,more_steps,best_of_n",
-        "--prompts-per-call", 4, *BENCH, "--out", tmp_path,
+        "bench", "--limit", 3, "--budgets", "3x,2x", "--strategies", "beam,more_steps,best_of_n",
+        "--prompts-per-call", 2, *BENCH, "--out", tmp_path,
     ]  # fmt: skip
     status, out, err = run(capsys, *arguments)
     assert status == 0, err
@@ -183,7 +183,7 @@ def test_bench_makes_its_cells_once_and_reports(
     assert len(cells) == 2 * (1 + 2 * 3)
     assert "14/14 cells" in err
     with (tmp_path / "results.csv").open() as file:
-        assert len(file.readlines()) == 1 + 6 * 7
+        assert len(file.readlines()) == 1 + 3 * 7
     assert "| more_steps |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "curves.png").is_file()
     assert str(tmp_path / "report.md") in out

@@ -6,7 +6,7 @@
 - `real_scenes`: a sheet of real scenes, and what judge and reward make of them.
 - `metrics`: intervals over prompts, distances, diversity.
 - `model_report`: what a model draws by itself (``mctd evaluate-model``).
-- `benchmark`, `benchmark_report`: methods against each other at equal NFE (``mctd bench``).
+- `benchmark`: methods against each other at equal NFE and at equal cost (``mctd bench``).
 - `ground_truth`: mixtures in closed form: score, values, transitions, what a reward tilts them to.
 - `mixture_environment`: a search's world over them; `mixture_worlds`: problems to compare it on.
 """

@@ -387,14 +387,14 @@ def test_runs_of_a_pipeline_do_not_depend_on_the_chunks() -> None:
 
 def test_runs_on_mixtures_do_not_depend_on_the_chunks() -> None:
     prompts, kinds = mixture_prompts(4)
-    assert prompts[:3] == ("rugged 0", "subspace 0", "rugged 1")
+    assert prompts == ("rugged-16 0", "subspace-16 0", "rugged-64 0", "subspace-64 0")
     whole = tiny_plan(suite="mixture", prompts=prompts, kinds=kinds, prompts_per_call=4)
     runs = runs_of(whole, MixtureSuite())
     assert runs == runs_of(replace(whole, prompts_per_call=1), MixtureSuite())
     assert all(run["gold"] == run["proxy"] for run in runs.values())
     assert all(abs(run["log_likelihood_z"]) < 20 for run in runs.values())
     other = runs_of(replace(whole, seeds=(1,)), MixtureSuite())
-    assert other["plain", "rugged 0"]["proxy"] != runs["plain", "rugged 0"]["proxy"]
+    assert other["plain", "rugged-16 0"]["proxy"] != runs["plain", "rugged-16 0"]["proxy"]
 
 
 def test_the_identity_of_a_pipeline_holds_weights_code_and_gold() -> None:

@@ -4,7 +4,10 @@
 - `suites`: what is searched: a pipeline with a gold, or mixtures with exact answers.
 - `identity`: hashes of the weights and the code that results depend on.
 - `cells`: results in files; a benchmark that is stopped goes on where it was.
-- `comparison`: intervals, rules and verdicts: pure arithmetic on cells.
+- `prompts`: the committed lists, and files of others.
+- `pricing`: what an image costs.
+- `comparison`: means, paired differences and tests: pure arithmetic on cells.
+- `claims`: what the search should show, and whether it does.
 - `report`: ``results.csv`` and ``report.md``.
 - `curves`: ``curves.png``.
 """

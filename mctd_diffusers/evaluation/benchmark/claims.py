@@ -76,11 +76,11 @@ def _not_beaten(results: Results, found: Sequence[Contest], where: str) -> Claim
     within = "every budget"
     if below:
         within = ", ".join(c.budget for c in found if c not in below) or "no budget"
-        within += f", which is not shown at {_named(below, 'p_margin')}"
+        within += f" (not at {_named(below, 'p_margin')})"
     return Claim(
         bool(above) and not below,
         f"At {where}, with a margin of {results.margin:.4f} ({_scale(results)}), {CANDIDATE} is "
-        f"not inferior to the best rival at {within}; it is significantly above it at "
+        f"shown to be non-inferior to the best rival at {within}, and significantly above it at "
         f"{_named(above, 'p_above') or 'no budget'}{left}.",
     )
 

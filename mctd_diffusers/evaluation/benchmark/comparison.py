@@ -4,10 +4,7 @@ Pure arithmetic. Every method starts from the same initial noise of an image, so
 paired by prompt and seed. The units are prompts: means over seeds are taken first, and intervals
 and p-values are those of the percentile bootstrap over prompts (`metrics.bootstrap_mean`,
 `metrics.bootstrap_p_value`).
-
-*Cost* is in row-equivalents by the price list of Stable Diffusion 1.5, which decodes and scores are
-priced by in all suites, so that equal cost means the same everywhere: the model in the box is small
-beside its decoder and its reward, and mixtures have neither.
+*Cost* is that of `pricing.cost_of`.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ from jaxtyping import Float
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.benchmark.cells import Cell, Run
 from mctd_diffusers.evaluation.benchmark.plan import PLAIN, REFERENCE
+from mctd_diffusers.evaluation.benchmark.pricing import cost_of
 from mctd_diffusers.evaluation.metrics import (
     Interval,
     bootstrap_mean,
@@ -33,36 +31,11 @@ from mctd_diffusers.evaluation.metrics import (
 Values: TypeAlias = Mapping[tuple[str, int], float]
 """A number for each (prompt, seed)."""
 
-# TFLOP at Stable Diffusion 1.5, 512 by 512: a row of the UNet 0.80, a decode 2.51, a decode by the
-# tiny autoencoder 0.14, a score by CLIP-L 0.16. With guidance an NFE is two rows.
-ROWS_OF_NFE: Final = 2.0
-ROWS_OF_DECODE: Final = 2.51 / 0.80
-ROWS_OF_PREVIEW: Final = 0.14 / 0.80
-ROWS_OF_REWARD: Final = 0.16 / 0.80
-
 CANDIDATE: Final = "mctd"
 """The method whose claims are judged."""
 CONFIDENCE: Final = 0.95
 
 MARGIN_SHARE: Final = 0.1
-
-
-def cost_of(run: Run) -> float:
-    """Cost of a run in row-equivalents, as at Stable Diffusion 1.5 with guidance.
-
-    ``2 nfe + 3.14 decodes + 0.175 previews + 0.2 reward calls``.
-    """
-    return (
-        ROWS_OF_NFE * run.nfe
-        + ROWS_OF_DECODE * run.decodes
-        + ROWS_OF_PREVIEW * run.previews
-        + ROWS_OF_REWARD * run.reward_calls
-    )
-
-
-def cost_at(reward_price: float) -> Callable[[Run], float]:
-    """Cost in NFE where a score, its decode included, costs ``reward_price`` NFE."""
-    return lambda run: run.nfe + reward_price * run.reward_calls
 
 
 class Group(NamedTuple):

@@ -16,12 +16,11 @@ from mctd_diffusers.evaluation.benchmark.comparison import (
     CANDIDATE,
     Group,
     Results,
-    cost_at,
-    cost_of,
     head,
     over_seeds,
 )
 from mctd_diffusers.evaluation.benchmark.plan import REFERENCE
+from mctd_diffusers.evaluation.benchmark.pricing import cost_at, cost_of
 from mctd_diffusers.evaluation.metrics import bootstrap_mean
 
 # Wong's palette for colour-blind readers (Nature Methods 8, 2011), the yellow left out.

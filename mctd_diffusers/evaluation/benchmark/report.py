@@ -19,21 +19,17 @@ from mctd_diffusers.evaluation.benchmark.cells import (
 from mctd_diffusers.evaluation.benchmark.claims import claims
 from mctd_diffusers.evaluation.benchmark.comparison import (
     CANDIDATE,
-    ROWS_OF_DECODE,
-    ROWS_OF_NFE,
-    ROWS_OF_PREVIEW,
-    ROWS_OF_REWARD,
     Group,
     Results,
     against_best_rival,
     against_best_rival_at_cost,
-    cost_of,
     difference,
     gold_per_proxy,
     interval,
     over_seeds,
 )
 from mctd_diffusers.evaluation.benchmark.plan import PLAIN, REFERENCE, BenchPlan
+from mctd_diffusers.evaluation.benchmark.pricing import PRICES, ROWS_OF_NFE, cost_of
 from mctd_diffusers.evaluation.metrics import Interval
 from mctd_diffusers.search.environment import Counts, Prices
 
@@ -166,8 +162,8 @@ def _about(plan: BenchPlan, cells: Sequence[Cell], results: Results) -> Iterator
         "Means over prompts of means over seeds, with 95 % bootstrap intervals over prompts; "
         "gains are paired by prompt and seed, p-values are Holm-adjusted over budgets. *Cost* is "
         "in rows of the network, priced as at Stable Diffusion 1.5: an NFE "
-        f"{ROWS_OF_NFE:g}, a decode {ROWS_OF_DECODE:.2f}, a preview {ROWS_OF_PREVIEW:.3f}, a score "
-        f"{ROWS_OF_REWARD:.2f}."
+        f"{ROWS_OF_NFE:g}, a decode {PRICES.decode:.2f}, a preview {PRICES.preview:.3f}, a score "
+        f"{PRICES.reward_call:.2f}."
     )
     yield ""
     machines = sorted({", ".join(cell.drawn.machine.values()) for cell in cells})

@@ -8,7 +8,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,11 +22,12 @@ from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.benchmark.cells import Drawn, Run
 from mctd_diffusers.evaluation.benchmark.identity import code_hash, weights_hash
 from mctd_diffusers.evaluation.benchmark.plan import BenchPlan, Method, Task
+from mctd_diffusers.evaluation.benchmark.pricing import PRICES, ROWS_OF_NFE
 from mctd_diffusers.evaluation.ground_truth import standardised_log_likelihood
 from mctd_diffusers.evaluation.judge import SceneJudge
 from mctd_diffusers.evaluation.metrics import vendi_score
 from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
-from mctd_diffusers.evaluation.mixture_worlds import rugged_environment, subspace_environment
+from mctd_diffusers.evaluation.mixture_worlds import MakeWorld, mixture_suite
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.rewards.calls import call_reward, reward_name
 from mctd_diffusers.search.budget import Budget
@@ -350,12 +351,14 @@ def _meter(
 
 # --- mixtures -----------------------------------------------------------------------------------
 
-WORLDS: Final[dict[str, Callable[..., MixtureEnvironment]]] = {
-    "rugged": rugged_environment,
-    "subspace": subspace_environment,
-}
+WORLDS: Final[dict[str, MakeWorld]] = mixture_suite()
 """Kind of a problem -> what makes the first so many problems of that kind."""
 _WORLD_SEED: Final = 1  # of the mixtures; the seed of a task draws the noise
+_PRICES: Final = Prices(  # in rows, of which an NFE takes one here
+    decode=PRICES.decode / ROWS_OF_NFE,
+    preview=PRICES.preview / ROWS_OF_NFE,
+    reward_call=PRICES.reward_call / ROWS_OF_NFE,
+)
 
 
 def mixture_prompts(problems: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -367,8 +370,8 @@ def mixture_prompts(problems: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
 class MixtureSuite:
     """Problems on Gaussian mixtures, whose reward is exact: gold is the reward itself.
 
-    A row is an NFE here, there being no guidance. The worlds are the same for every seed of a task;
-    the seed draws the noise.
+    A row is an NFE here, there being no guidance; searches are told the prices of Stable Diffusion
+    1.5 by the NFE. The worlds are the same for every seed of a task; the seed draws the noise.
     """
 
     def identity(self, method: Method) -> Mapping[str, str]:
@@ -402,7 +405,11 @@ def _searched_world(task: Task, kind: str, numbers: Sequence[int]) -> tuple[dict
     """The runs of problems of one world by name, and what their call shared."""
     world = WORLDS[kind](max(numbers) + 1, num_steps=task.num_steps, first_seed=_WORLD_SEED)
     environment = MixtureEnvironment(
-        world.mixtures, world.rewards, num_steps=task.num_steps, first_seed=task.seed
+        world.mixtures,
+        world.rewards,
+        num_steps=task.num_steps,
+        first_seed=task.seed,
+        prices=_PRICES,
     )
     problems = [
         Problem(
@@ -410,8 +417,9 @@ def _searched_world(task: Task, kind: str, numbers: Sequence[int]) -> tuple[dict
             num_steps=task.num_steps,
             root_seed=root_seed_of(environment.first_noise(number).tobytes()),
             budget=Budget(nfe=task.nfe),
+            prices=_PRICES,
             rows_per_nfe=environment.rows_per_nfe,
-            free_guidance=environment.free_guidance,
+            guidance_scale=environment.guidance_scale,
         )
         for number in numbers
     ]
