@@ -237,9 +237,11 @@ class _Folded:
     network: Network
     images: int
     rows_per_latent: int = field(init=False)
+    guidance_scale: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.rows_per_latent = self.network.rows_per_latent
+        self.guidance_scale = self.network.guidance_scale
 
     def __call__(self, latents: Tensor, timesteps: Tensor, problems: Sequence[int]) -> Outputs:
         return self.network(latents, timesteps, [problem % self.images for problem in problems])
@@ -345,7 +347,7 @@ class World:
                 budget=budget,
                 prices=self.prices,
                 rows_per_nfe=self.prepared.network.rows_per_latent,
-                free_guidance=self.environment.free_guidance,
+                guidance_scale=self.environment.guidance_scale,
                 value_spends=value_spends,
             )
             for i in range(len(latents))

@@ -41,7 +41,7 @@ def run(strategy: Strategy, environment: MixtureEnvironment, nfe: int) -> tuple[
             num_steps=environment.num_steps,
             root_seed=root_seed_of(environment.first_noise(index).tobytes()),
             budget=Budget(nfe=nfe),
-            free_guidance=environment.free_guidance,
+            guidance_scale=environment.guidance_scale,
         )
         for index in range(len(environment.mixtures))
     ]

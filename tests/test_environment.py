@@ -81,10 +81,11 @@ class World:
         name: str = "ddim",
         rows_per_call: int = 4,
         has_preview: bool = False,
+        scale: float = SCALE,
         **extra: Any,
     ) -> None:
         self.embeds, self.negative = noise(3, 5, 16, seed=1), noise(3, 5, 16, seed=2)
-        self.network = GuidedUNet(unet, self.embeds, self.negative, SCALE)
+        self.network = GuidedUNet(unet, self.embeds, self.negative, scale)
         self.decoded: list[int] = []
         self.previewed: list[int] = []
         self.reward = Brightness()
@@ -404,7 +405,7 @@ def test_an_edge_of_another_guidance_is_that_of_a_call_with_it(
     unet: Any, vae: Any, name: str
 ) -> None:
     worlds = [World(unet, vae, name) for _ in range(3)]
-    worlds[0].network.scale = 1.5
+    worlds[0].network.guidance_scale = 1.5
     given: tuple[float | None, ...] = (None, 1.5, None)
     ends = []
     for world, guidance in zip(worlds, given, strict=True):
@@ -443,13 +444,15 @@ def test_a_guidance_that_is_no_number_is_refused(unet: Any, vae: Any, wrong: flo
     environment = (world := World(unet, vae)).environment
     start = world.start(0)
     environment.denoise(start)
-    with pytest.raises(ConfigError, match=r"Action\.guidance is .*; give a finite number or None"):
+    with pytest.raises(
+        ConfigError, match=r"a move is .*; give a finite number or None"
+    ):
         environment.step(start, [Action(1, None, wrong)], array(0))
 
 
 def test_guidance_of_an_edge_needs_guidance(unet: Any, vae: Any) -> None:
     world = World(unet, vae)
-    assert world.environment.free_guidance
+    assert world.environment.guidance_scale is not None
     environment = LatentEnvironment(
         network=PlainUNet(unet, world.embeds),
         stepper=world.stepper,
@@ -459,12 +462,31 @@ def test_guidance_of_an_edge_needs_guidance(unet: Any, vae: Any) -> None:
         first_latents=FIRST,
         rows_per_call=4,
     )
-    assert not environment.free_guidance
+    assert environment.guidance_scale is None
     start = environment.reset(array(0), array(1))
     environment.denoise(start)
     with pytest.raises(ConfigError, match=r"is 2\.0, but there is nothing to scale: guidance is o"):
         environment.step(start, [Action(1, None, 2.0)], array(0))
     environment.step(start, [Action(1)], array(0))
+    with pytest.raises(ConfigError, match=r"is 2\.0, but there is nothing to scale: guidance is o"):
+        environment.value(start, [2.0])
+
+
+def test_a_value_under_a_guidance_is_that_of_a_call_with_it(unet: Any, vae: Any) -> None:
+    worlds = {scale: World(unet, vae, scale=scale) for scale in (3.0, 1.5)}
+    starts = {}
+    for scale, world in worlds.items():
+        starts[scale] = world.start(0, 1)
+        world.environment.denoise(starts[scale])
+    own = worlds[1.5].environment.value(starts[1.5])
+    other = worlds[3.0].environment
+    assert np.array_equal(other.value(starts[3.0], [1.5, 1.5]), own)
+    assert not np.array_equal(other.value(starts[3.0]), own)
+    # Each is kept under its guidance, and asked again costs nothing.
+    spent = other.ledger.total
+    mixed = other.value(starts[3.0], [1.5, None])
+    assert mixed.tolist() == [own[0], other.value(starts[3.0])[1]]
+    assert other.ledger.total == spent
 
 
 # What is kept

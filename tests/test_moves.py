@@ -166,7 +166,7 @@ def every_move(problem: Problem) -> Asks:
     nodes = yield from draw(problem, 2)
     nodes = yield from perturb(problem, [*nodes, nodes[0]], strength=0.3)
     yield from denoise(problem, nodes)
-    guidance = 2.5 if problem.free_guidance else None
+    guidance = None if problem.guidance_scale is None else 2.5
     nodes = yield from step(problem, nodes, stride=2, eta=1.0, guidance=guidance)
     nodes = yield from perturb(problem, nodes, strength=0.7)
     nodes = yield from perturb(problem, nodes, strength=0.2)
@@ -288,17 +288,17 @@ def test_edges_of_other_guidance_share_their_noise_and_nothing_else() -> None:
 
 def test_guidance_where_there_is_none_is_refused() -> None:
     environment = small_environment(1, NUM_STEPS)
-    assert not environment.free_guidance
+    assert environment.guidance_scale is None
     start = noised(environment, 1, 0)
     environment.denoise(start)
-    with pytest.raises(ConfigError, match=r"Action\.guidance is 2\.0, but there is nothing to"):
+    with pytest.raises(ConfigError, match=r"guidance of a move is 2\.0, but there is nothing to"):
         environment.step(start, [Action(1, None, 2.0)], array(1))
 
     def asks(problem: Problem) -> Asks:
         nodes = yield from draw(problem, 1)
         yield from step(problem, nodes, stride=1, eta=None, guidance=2.0)
 
-    with pytest.raises(ConfigError, match=r"guidance 2\.0 of an edge needs .* guidance_scale"):
+    with pytest.raises(ConfigError, match=r"guidance 2\.0 of one move needs .* guidance_scale"):
         search(Asking(asks), environment, nfe=4)
     with pytest.raises(ConfigError, match="1 mixtures and 2 unconditional ones"):
         MixtureEnvironment(

@@ -15,7 +15,7 @@ from mctd_diffusers.search.environment import Handles, Values
 from mctd_diffusers.search.runner import SearchResult
 from mctd_diffusers.search.strategies import BestOfN, Rollover, resolve_strategy
 from mctd_diffusers.search.tree import DRAW, ROOT, STEP, Tree, path_to_root
-from tests.toys import PRICES, search, small_environment
+from tests.toys import PRICES, Guidances, search, small_environment
 
 
 class RisingEnvironment(MixtureEnvironment):
@@ -23,8 +23,8 @@ class RisingEnvironment(MixtureEnvironment):
 
     asked: int = 0
 
-    def value(self, handles: Handles) -> Values:
-        super().value(handles)
+    def value(self, handles: Handles, guidances: Guidances = None) -> Values:
+        super().value(handles, guidances)
         self.asked += len(handles)
         return self.asked - np.arange(len(handles), dtype=np.float64)[::-1]
 
@@ -32,8 +32,8 @@ class RisingEnvironment(MixtureEnvironment):
 class FallingEnvironment(RisingEnvironment):
     """Every sample is valued below all that were valued before."""
 
-    def value(self, handles: Handles) -> Values:
-        return -super().value(handles)
+    def value(self, handles: Handles, guidances: Guidances = None) -> Values:
+        return -super().value(handles, guidances)
 
 
 def run(strategy: Rollover, nfe: int, num_steps: int, make: Any) -> SearchResult:
@@ -102,8 +102,8 @@ def test_an_unused_quota_is_rolled_forward_to_the_next_edge() -> None:
     script = [0.0, -1.0, 1.0, *[0.5] * 8, 2.0, *[1.0] * 9]
 
     class Scripted(MixtureEnvironment):
-        def value(self, handles: Handles) -> Values:
-            super().value(handles)
+        def value(self, handles: Handles, guidances: Guidances = None) -> Values:
+            super().value(handles, guidances)
             return np.array([script.pop(0) for _ in handles])
 
     result = run(Rollover(initial_share=0.0, wave_size=1), 21, 5, Scripted)

@@ -24,6 +24,7 @@ from mctd_diffusers.search.strategies.smc import Population, telescoped
 from mctd_diffusers.search.tree import DRAW, ROOT, STEP, path_to_root
 from tests.toys import (
     PRICES,
+    Guidances,
     linear_gaussian,
     problems_of,
     search,
@@ -150,8 +151,8 @@ class ScriptedEnvironment(MixtureEnvironment):
     script: Sequence[Sequence[float]] = ()
     asked: int = 0
 
-    def value(self, handles: Handles) -> Values:
-        super().value(handles)
+    def value(self, handles: Handles, guidances: Guidances = None) -> Values:
+        super().value(handles, guidances)
         self.asked += 1
         return np.array(self.script[self.asked - 1])
 

@@ -44,7 +44,8 @@ class GuidedUNet:
     rows_per_latent = 2
 
     def __init__(self, unet: Any, embeds: Tensor, negative: Tensor, scale: float) -> None:
-        self.unet, self.embeds, self.negative, self.scale = unet, embeds, negative, scale
+        self.unet, self.embeds, self.negative = unet, embeds, negative
+        self.guidance_scale = scale
         self.sizes: list[int] = []
         self.combined: list[int] = []
 
@@ -61,7 +62,7 @@ class GuidedUNet:
     def combine(self, outputs: Outputs, guidance: float | None = None) -> Tensor:
         assert outputs.unconditional is not None
         self.combined.append(len(outputs.conditional))
-        scale = self.scale if guidance is None else guidance
+        scale = self.guidance_scale if guidance is None else guidance
         return outputs.unconditional + scale * (outputs.conditional - outputs.unconditional)
 
 
@@ -69,6 +70,7 @@ class PlainUNet:
     """The same without guidance."""
 
     rows_per_latent = 1
+    guidance_scale = 1.0
 
     def __init__(self, unet: Any, embeds: Tensor) -> None:
         self.unet, self.embeds = unet, embeds

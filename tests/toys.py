@@ -14,6 +14,7 @@ from mctd_diffusers.search.environment import Action, Handles, Prices, Seeds, Va
 from mctd_diffusers.search.runner import Problem, SearchResult, Strategy, run_search
 from mctd_diffusers.search.seeding import root_seed_of
 
+Guidances = Sequence[float | None] | None
 PRICES = Prices(decode=1.5, preview=0.25, reward_call=0.125)
 
 
@@ -50,7 +51,7 @@ def problems_of(
             budget=budget,
             prices=environment.ledger.prices,
             rows_per_nfe=environment.rows_per_nfe,
-            free_guidance=environment.free_guidance,
+            guidance_scale=environment.guidance_scale,
         )
         for index in (range(len(environment.mixtures)) if indices is None else indices)
     ]
@@ -102,9 +103,9 @@ class CountingEnvironment(MixtureEnvironment):
         self.sizes.append(("denoise", len(handles)))
         super().denoise(handles)
 
-    def value(self, handles: Handles) -> Values:
+    def value(self, handles: Handles, guidances: Guidances = None) -> Values:
         self.sizes.append(("value", len(handles)))
-        return super().value(handles)
+        return super().value(handles, guidances)
 
     def reward(self, handles: Handles) -> Values:
         self.sizes.append(("reward", len(handles)))

@@ -97,7 +97,7 @@ class LatentEnvironment:
         self._device = first_latents.device
         self._rows_per_call = rows_per_call
         self._samples = Latents(self._device, storage)
-        self.free_guidance = network.rows_per_latent == 2
+        self.guidance_scale = network.guidance_scale if network.rows_per_latent == 2 else None
 
     def reset(self, problems: Handles, seeds: Seeds) -> Handles:
         """Draw initial noise, as lazy as a child."""
@@ -167,22 +167,37 @@ class LatentEnvironment:
         return Counts()
 
     @torch.no_grad()
-    def value(self, handles: Handles) -> Values:
+    def value(self, handles: Handles, guidances: Sequence[float | None] | None = None) -> Values:
         """Reward of the denoised estimates, by preview; asked again it costs nothing.
+
+        Args:
+            handles: evaluated, unfinished samples.
+            guidances: of each estimate; ``None`` is the call's own.
 
         Raises:
             CapacityError: a handle is not known.
             SearchError: a sample is finished, or not evaluated; or what the reward raises.
+            ConfigError: a guidance is no number, or there is none to scale.
         """
         samples = self._evaluated(handles)
-        fresh = _handles_of(samples, handles, [sample.value is None for sample in samples])
-        values: list[float] = []
-        for chunk, some in self._in_calls(list(fresh)):
-            images = self._decode(self._denoised_of(some), chunk, some, preview=True)
-            values += self._score(images, chunk, fresh)
-        for sample, value in zip(fresh, values, strict=True):
-            sample.value = value
-        return np.array([sample.value for sample in samples], dtype=np.float64)
+        scales = [None] * len(samples) if guidances is None else list(guidances)
+        for scale in dict.fromkeys(scales):
+            self._check_guidance(scale)
+            wanted = [
+                scale == other and scale not in sample.values
+                for sample, other in zip(samples, scales, strict=True)
+            ]
+            fresh = _handles_of(samples, handles, wanted)
+            values: list[float] = []
+            for chunk, some in self._in_calls(list(fresh)):
+                clean = self._denoised_of(some, [scale] * len(some))
+                values += self._score(self._decode(clean, chunk, some, preview=True), chunk, fresh)
+            for sample, value in zip(fresh, values, strict=True):
+                sample.values[scale] = value
+        return np.array(
+            [sample.values[scale] for sample, scale in zip(samples, scales, strict=True)],
+            dtype=np.float64,
+        )
 
     @torch.no_grad()
     def reward(self, handles: Handles) -> Values:
@@ -265,6 +280,13 @@ class LatentEnvironment:
         if handles is None:
             return self._samples.add(samples)
         return self._samples.put_back(samples, handles, num_handles)
+
+    def adopt(self, latents: Float[Tensor, "batch *sample"], problem: int) -> Handles:
+        """Finished samples of a problem from latents that were made elsewhere."""
+        return self._samples.add(
+            Sample(problem, self.num_steps, latents=row.to(self._samples.storage))
+            for row in latents
+        )
 
     def release(self, handles: Handles) -> None:
         """Forget samples; their lazy children stay good.
@@ -425,10 +447,12 @@ class LatentEnvironment:
             guidances,
         )
 
-    def _denoised_of(self, samples: Sequence[Sample]) -> Tensor:
+    def _denoised_of(
+        self, samples: Sequence[Sample], guidances: Sequence[float | None] | None = None
+    ) -> Tensor:
         return self._stepper.denoised(
             self._latents_of(samples),
-            self._guided(samples),
+            self._guided(samples, guidances),
             [sample.step_index for sample in samples],
         )
 
@@ -491,13 +515,14 @@ class LatentEnvironment:
     def _check_guidance(self, guidance: float | None) -> None:
         if guidance is None:
             return
-        if not self.free_guidance:
+        if self.guidance_scale is None:
             raise ConfigError(
-                f"Action.guidance is {guidance!r}, but there is nothing to scale: guidance is off, "
-                "or an input of the network; call with guidance_scale above 1, or leave it None."
+                f"guidance of a move is {guidance!r}, but there is nothing to scale: guidance is "
+                "off, or an input of the network; call with guidance_scale above 1, or leave it "
+                "None."
             )
         if not is_number(guidance) or math.isinf(guidance):
-            raise ConfigError(f"Action.guidance is {guidance!r}; give a finite number or None.")
+            raise ConfigError(f"guidance of a move is {guidance!r}; give a finite number or None.")
 
     def _finished(self, handles: Handles) -> list[Sample]:
         samples = self._samples[handles]
@@ -638,7 +663,7 @@ def _exported(sample: Sample) -> dict[str, Any]:
         "noise": None if sample.noise is None else asdict(sample.noise),
         "conditional": None if conditional is None else conditional.clone().cpu(),
         "unconditional": None if unconditional is None else unconditional.clone().cpu(),
-        "value": sample.value,
+        "values": dict(sample.values),
         "reward": sample.reward,
     }
 
@@ -657,6 +682,6 @@ def _restored(saved: dict[str, Any], storage: torch.device) -> Sample:
         latents=here(saved["latents"]),
         state=SolverState(saved["step_index"], tuple(saved["visited"]), history),
         outputs=None if conditional is None else Outputs(conditional, here(saved["unconditional"])),
-        value=saved["value"],
+        values=dict(saved["values"]),
         reward=saved["reward"],
     )

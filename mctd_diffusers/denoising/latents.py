@@ -9,7 +9,7 @@ which is all that a perturbation needs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -88,7 +88,7 @@ class Sample:
         latents: ``[channels, height, width]``, unscaled; ``None`` while lazy.
         state: what the solver remembers; ``None`` while lazy, and of no use once finished.
         outputs: the network's answers, one row each; ``None`` until evaluated.
-        value: reward of the denoised estimate, once asked.
+        values: reward of the denoised estimate, once asked, by the guidance of the estimate.
         reward: reward of the finished picture, once asked.
     """
 
@@ -99,7 +99,7 @@ class Sample:
     latents: Tensor | None = None
     state: SolverState | None = None
     outputs: Outputs | None = None
-    value: float | None = None
+    values: dict[float | None, float] = field(default_factory=dict)
     reward: float | None = None
 
 

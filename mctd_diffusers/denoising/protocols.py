@@ -61,6 +61,8 @@ class Network(Protocol):
 
     rows_per_latent: int
     """1, or 2 where classifier-free guidance doubles the batch (and gives two outputs)."""
+    guidance_scale: float
+    """The call's scale of guidance, which is used where ``rows_per_latent`` is 2."""
 
     def __call__(
         self,

@@ -117,7 +117,7 @@ class MixtureEnvironment:
         check_setting("eta", eta, 0, 1)
         self.num_steps = num_steps
         self.ledger = Ledger(prices=prices or Prices())
-        self.free_guidance = unconditional is not None
+        self.guidance_scale = None if unconditional is None else 1.0
         self.rows_per_nfe = 1 if unconditional is None else 2
         self.unconditional = None if unconditional is None else tuple(unconditional)
         self.mixtures = tuple(mixtures)
@@ -205,7 +205,7 @@ class MixtureEnvironment:
             "sigma_next": self.sigma[then, None],
             "eta": etas[:, None],
         }
-        denoised = self._guided(rows, actions)
+        denoised = self._guided(rows, [action.guidance for action in actions])
         mean = ddim_step(self._x[rows], denoised, np.zeros_like(noise), **levels)
         return self._add(mean, noise, ddim_std(**levels)[:, 0], then, self._problem[rows])
 
@@ -214,12 +214,12 @@ class MixtureEnvironment:
         del parents, actions
         return Counts()
 
-    def value(self, handles: Handles) -> Values:
+    def value(self, handles: Handles, guidances: Sequence[float | None] | None = None) -> Values:
         """Reward of the denoised estimates of unfinished, evaluated samples."""
         rows = self._known(handles)
         self._need_evaluated(rows)
         self.ledger.charge(self._problem[rows], _ONE_VALUE)
-        return self._score(rows, self._denoised)
+        return self._score(rows, self._guided(rows, guidances))
 
     def reward(self, handles: Handles) -> Values:
         """Reward of finished samples; asked again it costs nothing."""
@@ -227,7 +227,7 @@ class MixtureEnvironment:
         if (self._step_index[rows] != self.num_steps).any():
             raise SearchError("only finished samples have a reward.", handles=handles.tolist())
         new = np.unique(rows[np.isnan(self._reward[rows])])
-        self._reward[new] = self._score(new, self._x)
+        self._reward[new] = self._score(new, self._x[new])
         self.ledger.charge(self._problem[new], _ONE_REWARD)
         return self._reward[rows]
 
@@ -344,22 +344,26 @@ class MixtureEnvironment:
         generators = [np.random.Generator(np.random.Philox(int(seed))) for seed in seeds]
         return np.stack([generator.standard_normal(self._dimensions) for generator in generators])
 
-    def _guided(self, rows: npt.NDArray[np.int64], actions: Sequence[Action]) -> Floats:
-        """Denoised estimates of samples, each under the guidance of its action."""
+    def _guided(
+        self, rows: npt.NDArray[np.int64], guidances: Sequence[float | None] | None
+    ) -> Floats:
+        """Denoised estimates of samples, each under its guidance."""
         denoised = self._denoised[rows]
-        for place, (row, action) in enumerate(zip(rows, actions, strict=True)):
-            if action.guidance is None:
+        for place, (row, guidance) in enumerate(
+            zip(rows, guidances or [None] * len(rows), strict=True)
+        ):
+            if guidance is None:
                 continue
             if self.unconditional is None:
                 raise ConfigError(
-                    f"Action.guidance is {action.guidance!r}, but there is nothing to scale: give "
+                    f"guidance of a move is {guidance!r}, but there is nothing to scale: give "
                     "unconditional mixtures, or leave it None."
                 )
             step_index = self._step_index[row]
             without = self.unconditional[self._problem[row]].denoised(
                 self._x[row : row + 1], self.alpha[step_index], self.sigma[step_index]
             )[0]
-            denoised[place] = without + action.guidance * (denoised[place] - without)
+            denoised[place] = without + guidance * (denoised[place] - without)
         return denoised
 
     def _add(
@@ -421,7 +425,7 @@ class MixtureEnvironment:
         scores = np.empty(len(rows))
         for problem in np.unique(self._problem[rows]):
             mine = self._problem[rows] == problem
-            scores[mine] = self.rewards[problem](points[rows[mine]])
+            scores[mine] = self.rewards[problem](points[mine])
         bad = ~np.isfinite(scores)
         if bad.any():
             raise NonFiniteRewardError(

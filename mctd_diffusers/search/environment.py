@@ -38,8 +38,7 @@ class Action(NamedTuple):
             scheduler and ``eta`` say, exactly like the stock pipeline.
         guidance: scale of classifier-free guidance on this edge, in units of the call's
             ``guidance_scale``: 0 is unconditional, 1 conditional; ``None`` is the call's own. It is
-            free, since both outputs are kept apart, and moves this edge alone: a sample's value and
-            denoised estimate stay those of the call's own guidance.
+            free, since both outputs are kept apart, and moves this edge alone.
     """
 
     stride: int
@@ -180,9 +179,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Value:
-    """Value unfinished, evaluated samples by their denoised estimate. Reply: values."""
+    """Value unfinished, evaluated samples by their denoised estimate. Reply: values.
+
+    ``guidance`` is that of the estimate, as in :class:`Action`.
+    """
 
     handles: Handles
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -251,14 +254,14 @@ class Environment(Protocol):
     samples as they were (the ledger keeps what was spent). Attributes:
         num_steps: steps of the schedule; a sample at ``step_index == num_steps`` is finished.
         ledger: what was spent.
-        free_guidance: whether an action may name a guidance: it is arithmetic on two outputs that
-            are kept apart. ``False`` where it is an input of the network (Flux, LCM), and where a
-            call uses none.
+        guidance_scale: the call's scale of classifier-free guidance, where actions may name
+            another: it is arithmetic on two outputs that are kept apart. ``None`` where it is an
+            input of the network (Flux, LCM), and where a call uses none.
     """
 
     num_steps: int
     ledger: Ledger
-    free_guidance: bool
+    guidance_scale: float | None
 
     def reset(self, problems: Handles, seeds: Seeds) -> Handles:
         """Draw initial noise for each problem; 0 NFE."""
@@ -276,8 +279,11 @@ class Environment(Protocol):
         """What a ``step`` costs beyond the parents' evaluation: 0, or 1 NFE (two-call solvers)."""
         ...
 
-    def value(self, handles: Handles) -> Values:
-        """Reward of the denoised estimates of unfinished, evaluated samples (by preview)."""
+    def value(self, handles: Handles, guidances: Sequence[float | None] | None = None) -> Values:
+        """Reward of the denoised estimates of unfinished, evaluated samples (by preview).
+
+        ``guidances`` are those of the estimates, as in :class:`Action`; ``None``: the call's own.
+        """
         ...
 
     def reward(self, handles: Handles) -> Values:

@@ -120,14 +120,14 @@ def step(
 
 
 def check_guidance(problem: Problem, guidance: float | None) -> None:
-    """Refuse a guidance of an edge where there is none to scale.
+    """Refuse a guidance of an edge or a value where there is none to scale.
 
     Raises:
         ConfigError: the call's guidance is off, or an input of the network.
     """
-    if guidance is not None and not problem.free_guidance:
+    if guidance is not None and problem.guidance_scale is None:
         raise ConfigError(
-            f"guidance {guidance!r} of an edge needs the network's output with and without the "
+            f"guidance {guidance!r} of one move needs the network's output with and without the "
             f"prompt, and image {problem.index} has only one: its guidance is off, or an input of "
             "the network; call with guidance_scale above 1, or leave guidance None."
         )
@@ -202,9 +202,19 @@ def denoise(problem: Problem, nodes: Sequence[int]) -> Asks:
     yield Denoise(problem.tree.handle[nodes])
 
 
-def value(problem: Problem, nodes: Sequence[int]) -> Asks:
-    """Value evaluated nodes by their denoised estimates; returns the values."""
-    reply: Reply = yield Value(problem.tree.handle[nodes])
+def value(problem: Problem, nodes: Sequence[int], *, guidance: float | None = None) -> Asks:
+    """Value evaluated nodes by their denoised estimates; returns the values.
+
+    Args:
+        problem: the image.
+        nodes: rows, evaluated and not finished.
+        guidance: scale of guidance of the estimates; ``None`` is the call's own.
+
+    Raises:
+        ConfigError: a guidance where there is none to scale, see :func:`check_guidance`.
+    """
+    check_guidance(problem, guidance)
+    reply: Reply = yield Value(problem.tree.handle[nodes], guidance)
     values: Values = reply.result
     return values
 

@@ -21,7 +21,7 @@ class Problem:
         budget: what may be spent on it.
         prices: the price list by which cost is counted.
         rows_per_nfe: 2 where guidance doubles the rows, else 1.
-        free_guidance: whether guidance is arithmetic on outputs kept apart.
+        guidance_scale: the call's scale of guidance, where moves may name another; else ``None``.
         value_spends: what valuing one unfinished sample spends.
         reward_spends: what scoring one finished sample spends.
         tree: the search tree, empty but for its root.
@@ -34,7 +34,7 @@ class Problem:
     budget: Budget
     prices: Prices = field(default_factory=Prices)
     rows_per_nfe: int = 1
-    free_guidance: bool = True
+    guidance_scale: float | None = None
     value_spends: Counts = VALUE_SPENDS
     reward_spends: Counts = REWARD_SPENDS
     tree: Tree = field(init=False, compare=False, repr=False)

@@ -772,8 +772,10 @@ def _call_denoise(environment: Environment, leaves: Sequence[_Leaf], sizes: Sequ
 def _call_value(
     environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]
 ) -> npt.NDArray[np.float64]:
-    del sizes
-    return environment.value(_handles_of(leaves))
+    guidances = [
+        leaf.request.guidance for leaf, size in zip(leaves, sizes, strict=True) for _ in range(size)
+    ]
+    return environment.value(_handles_of(leaves), guidances)
 
 
 def _call_reward(

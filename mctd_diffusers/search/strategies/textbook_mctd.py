@@ -193,7 +193,11 @@ class TextbookMCTD:
         expansion = growth.course.expansion(step_index)
         if step_index + sum(expansion) == problem.num_steps and len(expansion) <= 1:
             return []
-        return list(self.guidances) if problem.free_guidance else [None] * len(self.guidances)
+        return (
+            list(self.guidances)
+            if problem.guidance_scale is not None
+            else [None] * len(self.guidances)
+        )
 
     def _course(self, num_steps: int) -> _Course:
         return _Course(
