@@ -271,7 +271,7 @@ def test_a_recipe_of_an_older_version_is_replayed(pipe: MCTDPipeline) -> None:
 
 def test_guidance_of_an_edge_needs_guidance(pipe: MCTDPipeline) -> None:
     with pytest.raises(
-        ConfigError, match=r"guidance 9\.5 of an edge needs .* guidance_scale above"
+        ConfigError, match=r"guidance 9\.5 of one move needs .* guidance_scale above"
     ):
         search(pipe, search=EveryMove(), compute=8, guidance_scale=1.0)
 
