@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +30,8 @@ from mctd_diffusers.commands.common import (
 from mctd_diffusers.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mctd_diffusers.evaluation.benchmark.cells import OnCell, Suite
+    from mctd_diffusers.commands.common import Call
+    from mctd_diffusers.evaluation.benchmark.cells import Cell, OnCell, Suite
     from mctd_diffusers.evaluation.benchmark.plan import BenchPlan, Method, Task
 
 DEFAULT_STRATEGIES = "best_of_n,more_steps,beam,mctd"
@@ -106,16 +107,13 @@ def bench(
             check_judge_reads(plan.prompts)
         for sentence in plan.left_out():
             say(f"left out is {sentence}")
-        _run(
-            plan,
-            out,
-            saved,
-            reward=reward,
-            gold=gold,
-            scheduler=scheduler,
-            device=device,
-            report_only=report_only,
-        )
+        if report_only:
+            cells = _found_cells(plan, out)
+        else:
+            cells = _made_cells(
+                plan, out, saved, reward=reward, gold=gold, scheduler=scheduler, device=device
+            )
+        _report(plan, cells, out)
 
 
 def _read_plan(
@@ -157,7 +155,7 @@ def _read_problems(
     suite: str, prompts: str, limit: int | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if suite == _MIXTURE:
-        from mctd_diffusers.evaluation.benchmark.suites import mixture_prompts
+        from mctd_diffusers.evaluation.benchmark.mixture_suite import mixture_prompts
 
         return mixture_prompts(limit or 120)
     from mctd_diffusers.evaluation.benchmark.prompts import read_prompts
@@ -181,7 +179,24 @@ def _read_methods(text: str) -> Iterator[Method]:
         yield own(label) or Method(label, resolve_strategy(chosen))
 
 
-def _run(
+def _found_cells(plan: BenchPlan, out: Path) -> list[Cell]:
+    """The cells that are there.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    from mctd_diffusers.evaluation.benchmark.cells import read_cells
+
+    cells = read_cells(plan, out / "cells")
+    if not cells:
+        raise ConfigError(
+            f"there are no cells of this plan in {out / 'cells'}: name the folder and the options "
+            "that they were made with, or leave --report-only out"
+        )
+    return cells
+
+
+def _made_cells(
     plan: BenchPlan,
     out: Path,
     saved: list[Path],
@@ -190,53 +205,49 @@ def _run(
     gold: str,
     scheduler: str | None,
     device: str | None,
-    report_only: bool,
-) -> None:
-    """Make or read the cells, and write what comes of them."""
-    from mctd_diffusers.evaluation.benchmark.cells import make_cells, make_folder, read_cells
+) -> list[Cell]:
+    """All cells of the plan, made where they are not there yet."""
+    from mctd_diffusers.evaluation.benchmark.cells import make_cells, make_folder
 
-    folder = out / "cells"
-    if report_only:
-        cells = read_cells(plan, folder)
-    else:
-        searches = [method.strategy for method in plan.methods]
-        largest = plan.budgets[-1]
-        call = check_call(
-            searches,
-            steps=plan.num_steps,
-            guidance=plan.guidance_scale,
-            scheduler=scheduler,
-            device=device,
-            rows_per_call=plan.rows_per_call,
-            nfe_budget=largest.nfe(plan.num_steps),
-            time_budget_s=largest.seconds(1),
-        )
-        make_folder(folder)
-        made: Suite
-        if plan.suite == _MIXTURE:
-            from mctd_diffusers.evaluation.benchmark.suites import MixtureSuite
+    largest = plan.budgets[-1]
+    call = check_call(
+        [method.strategy for method in plan.methods],
+        steps=plan.num_steps,
+        guidance=plan.guidance_scale,
+        scheduler=scheduler,
+        device=device,
+        rows_per_call=plan.rows_per_call,
+        nfe_budget=largest.nfe(plan.num_steps),
+        time_budget_s=largest.seconds(1),
+    )
+    make_folder(out / "cells")
+    suite = _mixtures() if plan.suite == _MIXTURE else _pipeline(plan, call, reward, gold)
+    with _progress(plan, saved) as on_cell:
+        return make_cells(plan, suite, out / "cells", on_cell)
 
-            made = MixtureSuite()
-        else:
-            from mctd_diffusers.evaluation.benchmark.suites import (
-                JudgeGold,
-                PipelineSuite,
-                RewardGold,
-            )
 
-            judged_by = (
-                JudgeGold(load_gold_judge()) if gold == "judge" else RewardGold(named_reward(gold))
-            )
-            searched = reward if reward is None or ":" not in reward else named_reward(reward)
-            pipe = load_pipeline(plan.suite, searched, call)
-            made = PipelineSuite(pipe, judged_by, plan)
-        with _progress(plan, saved) as on_cell:
-            cells = make_cells(plan, made, folder, on_cell)
-    if not cells:
-        raise ConfigError(
-            f"there are no cells of this plan in {folder}: name the folder and the options that "
-            "they were made with, or leave --report-only out"
-        )
+def _mixtures() -> Suite:
+    """Problems with exact answers."""
+    from mctd_diffusers.evaluation.benchmark.mixture_suite import MixtureSuite
+
+    return MixtureSuite()
+
+
+def _pipeline(plan: BenchPlan, call: Call, reward: str | None, gold: str) -> Suite:
+    """The pipeline of the plan with what judges it, loaded."""
+    from mctd_diffusers.evaluation.benchmark.pipeline_suite import (
+        JudgeGold,
+        PipelineSuite,
+        RewardGold,
+    )
+
+    judge = JudgeGold(load_gold_judge()) if gold == "judge" else RewardGold(named_reward(gold))
+    searched = named_reward(reward) if reward is not None and ":" in reward else reward
+    return PipelineSuite(load_pipeline(plan.suite, searched, call), judge, plan)
+
+
+def _report(plan: BenchPlan, cells: Sequence[Cell], out: Path) -> None:
+    """Write what the cells say, and say it."""
     from mctd_diffusers.evaluation.benchmark.claims import claims
     from mctd_diffusers.evaluation.benchmark.report import results_of, write_report
 

@@ -25,6 +25,9 @@ from mctd_diffusers.evaluation.benchmark.cells import (
     read_cells,
 )
 from mctd_diffusers.evaluation.benchmark.identity import code_hash, weights_hash
+from mctd_diffusers.evaluation.benchmark.metering import TimedReward, cpu_by_phase
+from mctd_diffusers.evaluation.benchmark.mixture_suite import MixtureSuite, mixture_prompts
+from mctd_diffusers.evaluation.benchmark.pipeline_suite import PipelineSuite, RewardGold, image_seed
 from mctd_diffusers.evaluation.benchmark.plan import (
     MORE_STEPS,
     BenchPlan,
@@ -33,15 +36,6 @@ from mctd_diffusers.evaluation.benchmark.plan import (
     parse_budgets,
 )
 from mctd_diffusers.evaluation.benchmark.prompts import read_prompts
-from mctd_diffusers.evaluation.benchmark.suites import (
-    MixtureSuite,
-    PipelineSuite,
-    RewardGold,
-    TimedReward,
-    cpu_by_phase,
-    image_seed,
-    mixture_prompts,
-)
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.rewards.brightness import brightness
 from mctd_diffusers.search.strategies import MCTD, Beam, BestOfN
@@ -395,6 +389,18 @@ def test_runs_on_mixtures_do_not_depend_on_the_chunks() -> None:
     assert all(abs(run["log_likelihood_z"]) < 20 for run in runs.values())
     other = runs_of(replace(whole, seeds=(1,)), MixtureSuite())
     assert other["plain", "rugged-16 0"]["proxy"] != runs["plain", "rugged-16 0"]["proxy"]
+
+
+def test_a_budget_of_seconds_bounds_the_call() -> None:
+    prompts, kinds = mixture_prompts(4)
+    plan = tiny_plan(
+        suite="mixture", prompts=prompts, kinds=kinds, budgets=parse_budgets("0.05s"),
+        methods=(Method("best_of_n", BestOfN(wave_size=1)),),
+    )  # fmt: skip
+    runs = runs_of(plan, MixtureSuite())
+    found = [run for (label, _), run in runs.items() if label == "best_of_n"]
+    assert {run["stop_reason"] for run in found} == {"time"}
+    assert all(run["nfe"] >= plan.num_steps for run in found)
 
 
 def test_the_identity_of_a_pipeline_holds_weights_code_and_gold() -> None:

@@ -14,10 +14,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
 
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.benchmark.plan import BenchPlan, Method, Task
+from mctd_diffusers.evaluation.metrics import vendi_score
+from mctd_diffusers.search.runner import Finished, SearchResult
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,43 @@ class Cell:
         """Useful rows among all rows through the network."""
         rows = sum(run.rows for run in self.drawn.runs)
         return rows / (rows + self.drawn.padded_rows)
+
+
+_TOP: Final = 8  # best finished samples whose diversity is measured
+
+
+def run_of(
+    task: Task,
+    i: int,
+    result: SearchResult,
+    latents: Float[np.ndarray, "finished values"],
+    *,
+    gold: float,
+    all_right: bool | None = None,
+    log_likelihood_z: float | None = None,
+) -> Run:
+    """The run of one prompt, from what the search of it found."""
+    best: Finished | None = result.best
+    assert best is not None  # a budget pays for one sample at least
+    spent = result.spent
+    order = sorted(range(len(result.finished)), key=lambda row: -result.finished[row].reward)
+    return Run(
+        prompt=task.prompts[i],
+        kind=task.kinds[i],
+        proxy=best.reward,
+        gold=gold,
+        all_right=all_right,
+        log_likelihood_z=log_likelihood_z,
+        diversity=vendi_score(latents[order[:_TOP]]),
+        finished=len(result.finished),
+        nfe=spent.nfe,
+        rows=spent.rows,
+        decodes=spent.decodes,
+        previews=spent.previews,
+        reward_calls=spent.reward_calls,
+        stop_reason=result.stop_reason,
+        history=[[nfe, reward] for nfe, reward in result.history],
+    )
 
 
 @runtime_checkable

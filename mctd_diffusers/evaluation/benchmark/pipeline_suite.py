@@ -1,0 +1,219 @@
+"""A pipeline as a suite: prompts that it draws, and a gold that judges the winners."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mctd_diffusers.denoising.denoiser import chunks
+from mctd_diffusers.denoising.protocols import RewardFn
+from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.evaluation.benchmark.cells import Drawn, run_of
+from mctd_diffusers.evaluation.benchmark.identity import code_hash, weights_hash
+from mctd_diffusers.evaluation.benchmark.metering import (
+    TimedReward,
+    cpu_by_phase,
+    machine,
+    peak_memory,
+)
+from mctd_diffusers.evaluation.benchmark.plan import BenchPlan, Method, Task
+from mctd_diffusers.evaluation.judge import SceneJudge
+from mctd_diffusers.pipeline import MCTDPipeline
+from mctd_diffusers.rewards.calls import call_reward, reward_name
+from mctd_diffusers.search.environment import Prices
+
+_GOLD_CALL: Final = 8  # pictures in every call of the gold, so that a score knows no batch
+
+
+class GoldScores(NamedTuple):
+    """What a gold says of pictures.
+
+    Attributes:
+        gold: higher is better.
+        all_right: whether every fact of the prompt is right; ``None`` where it is not asked.
+    """
+
+    gold: Float[np.ndarray, " batch"]
+    all_right: Sequence[bool] | None
+
+
+@runtime_checkable
+class Gold(Protocol):
+    """Judges finished pictures; no search sees it."""
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        """Networks and functions that the scores depend on."""
+        ...
+
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
+    ) -> GoldScores:
+        """Judge pictures in [0, 1]."""
+        ...
+
+
+class JudgeGold:
+    """The judge in the box: mean probability of the prompt's facts."""
+
+    def __init__(self, judge: SceneJudge) -> None:
+        self.parts = (judge,)
+
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
+    ) -> GoldScores:
+        """Judge pictures in [0, 1] whose prompts follow the judge's grammar."""
+        (judge,) = self.parts
+        report = judge.score(images.to(judge.device), prompts)
+        return GoldScores(report.gold, [bool(right) for right in report.all_right])
+
+
+class RewardGold:
+    """A reward in the place of a judge; it must not be the one that is searched."""
+
+    def __init__(self, reward: RewardFn) -> None:
+        self.parts = (reward,)
+
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
+    ) -> GoldScores:
+        """Score pictures in [0, 1]."""
+        return GoldScores(
+            call_reward(self.parts[0], images, prompts, list(range(len(prompts)))), None
+        )
+
+
+def image_seed(prompt: str, seed: int) -> int:
+    """Gives the seed of an image's noise: by its prompt, so that a list can grow or be cut."""
+    digest = hashlib.sha256(f"{seed}|{prompt}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+class PipelineSuite:
+    """Prompts drawn by a pipeline, and judged by a gold.
+
+    Args:
+        pipe: with the reward to search for.
+        gold: judges the winners.
+        plan: what is compared.
+
+    Raises:
+        ConfigError: the pipeline has no reward.
+    """
+
+    def __init__(self, pipe: MCTDPipeline, gold: Gold, plan: BenchPlan) -> None:
+        if pipe.reward_model is None:
+            raise ConfigError(
+                "the pipeline has no reward to search for: load it with "
+                'MCTDPipeline.from_pretrained(..., reward_model="clip") or another'
+            )
+        self._pipe = pipe
+        self._gold = gold
+        self._plan = plan
+        self._reward = pipe.reward_model
+        self._prices: Prices | None = None
+        self._weights = _weights_of(pipe, gold)
+
+    def identity(self, method: Method) -> dict[str, str]:
+        """Hashes of weights and scheduler, and of the code of the method and what it shares."""
+        modules = [type(method.strategy), type(self._pipe), self._reward, *self._gold.parts]
+        names = {
+            getattr(part, "__module__", None) or type(part).__module__
+            for part in (*modules, MCTDPipeline)
+        }
+        return {**self._weights, "code": code_hash(names)}
+
+    def draw(self, task: Task) -> Drawn:
+        """Search every prompt of ``task`` in one call of the pipeline."""
+        arguments = self._arguments(task)
+        if self._prices is None:  # measuring also loads what is loaded once, nobody's overhead
+            one = {"prompt": list(task.prompts[:1]), "generator": None}
+            self._prices = self._pipe.estimate(**{**arguments, **one}).prices
+        device = torch.device(self._pipe.device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        with cpu_by_phase(self._pipe) as cpu:
+            timed = TimedReward(self._reward, cpu)
+            output = self._pipe(**arguments, reward_model=timed)
+        seconds = time.perf_counter() - start
+        searches = output.search
+        if any(search.stop_reason == "interrupted" for search in searches):
+            raise KeyboardInterrupt
+        memory = peak_memory(device)
+        scores = self._judged(output.images, task.prompts)
+        runs = [
+            run_of(
+                task,
+                i,
+                search.result,
+                search.latents.flatten(1).double().numpy(),
+                gold=float(scores.gold[i]),
+                all_right=None if scores.all_right is None else scores.all_right[i],
+            )
+            for i, search in enumerate(searches)
+        ]
+        total = output.ledger.total
+        return Drawn(
+            runs=runs,
+            calls=total.calls,
+            padded_rows=total.padded_rows,
+            seconds={**output.ledger.seconds, "call": seconds},
+            cpu=dict(cpu),
+            peak_memory=memory,
+            prices=asdict(self._prices),
+            machine=machine(device),
+        )
+
+    def _arguments(self, task: Task) -> dict[str, Any]:
+        """Arguments of the pipeline's call."""
+        generators = [
+            torch.Generator().manual_seed(image_seed(prompt, task.seed)) for prompt in task.prompts
+        ]
+        return {
+            "prompt": list(task.prompts),
+            "num_inference_steps": task.num_steps,
+            "guidance_scale": self._plan.guidance_scale,
+            "generator": generators,
+            "output_type": "pt",
+            "search": task.method.strategy,
+            "rows_per_call": self._plan.rows_per_call,
+            "nfe_budget": task.nfe,
+            "time_budget_s": task.seconds,
+        }
+
+    def _judged(self, images: Tensor, prompts: Sequence[str]) -> GoldScores:
+        """Scores in calls of one size, filled by repetition."""
+        gold: list[float] = []
+        right: list[bool] = []
+        for chunk in chunks(len(prompts), _GOLD_CALL):
+            pictures = images[chunk.rows][chunk.filled]
+            scores = self._gold(pictures, [prompts[chunk.rows][i] for i in chunk.filled])
+            gold += scores.gold[: chunk.useful].tolist()
+            right += [] if scores.all_right is None else scores.all_right[: chunk.useful]
+        return GoldScores(np.array(gold), right or None)
+
+
+def _weights_of(pipe: MCTDPipeline, gold: Gold) -> dict[str, str]:
+    """Hashes of all weights, of the scheduler, and names of rewards that have none."""
+    parts: dict[str, Any] = {
+        name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)
+    }
+    parts["reward"] = pipe.reward_model
+    parts |= {f"gold {i}": part for i, part in enumerate(gold.parts)}
+    found = {}
+    for name, part in parts.items():
+        inner = getattr(part, "model", part)
+        is_module = isinstance(inner, nn.Module)
+        found[name] = weights_hash(inner) if is_module else reward_name(part)
+    config = f"{type(pipe.scheduler).__name__} {sorted(pipe.scheduler.config.items())}"
+    found["scheduler"] = hashlib.sha256(config.encode()).hexdigest()[:16]
+    return found
