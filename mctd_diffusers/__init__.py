@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from mctd_diffusers.evaluation.judge import SceneJudge
     from mctd_diffusers.pipeline import MCTDPipeline
+    from mctd_diffusers.processes import search_in_processes
     from mctd_diffusers.results import (
         ImageSearch,
         MCTDPipelineOutput,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from mctd_diffusers.rewards.colourfulness import colourfulness
     from mctd_diffusers.rewards.jpeg import JpegCompressibility
     from mctd_diffusers.rewards.weighted_sum import WeightedSum
+    from mctd_diffusers.search.saving import load_search
     from mctd_diffusers.search.strategies.beam import Beam
     from mctd_diffusers.search.strategies.best_of_n import BestOfN
     from mctd_diffusers.search.strategies.draft_refine import DraftRefine
@@ -80,8 +82,10 @@ _MODULES = {
     "WeightedSum": "rewards.weighted_sum",
     "brightness": "rewards.brightness",
     "colourfulness": "rewards.colourfulness",
+    "load_search": "search.saving",
     "read_recipe": "results",
     "save_image_with_recipe": "results",
+    "search_in_processes": "processes",
 }
 """Public name -> the module that defines it."""
 
@@ -115,8 +119,10 @@ __all__ = [
     "WeightedSum",
     "brightness",
     "colourfulness",
+    "load_search",
     "read_recipe",
     "save_image_with_recipe",
+    "search_in_processes",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``mctd generate | compare | demo | bench | evaluate-model``.
+"""The command line: ``mctd generate | compare | demo | bench | diagnose | evaluate-model``.
 
 A command reads its arguments, checks what can be checked at once, and only then loads torch.
 Whatever is wrong ends in one message on standard error and a non-zero exit: 2 for an argument that
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mctd_diffusers import EMBEDDED_MODEL
 from mctd_diffusers.commands.bench import bench
 from mctd_diffusers.commands.common import (
     SEARCH_HELP,
@@ -42,6 +41,9 @@ from mctd_diffusers.commands.common import (
     say,
     say_progress,
 )
+from mctd_diffusers.commands.diagnose import diagnose
+from mctd_diffusers.commands.drawing import about, budget_in_words, draw, prices_of
+from mctd_diffusers.commands.generate import generate
 from mctd_diffusers.errors import ConfigError, MCTDError, SearchError
 
 if TYPE_CHECKING:
@@ -110,41 +112,6 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
         say(f"warning: {message}")
 
 
-def _budget_in_words(call: dict[str, Any]) -> str:
-    """Say the budget of a call."""
-    named = {
-        "compute": "compute {:g}",
-        "nfe_budget": "{} NFE an image",
-        "cost_budget": "{:g} row-equivalents an image",
-        "time_budget_s": "{:g} s",
-    }
-    given = {name: call[name] for name in named if call.get(name) is not None}
-    words = [named[name].format(bound) for name, bound in given.items()]
-    return ", ".join(words) or "compute 8"
-
-
-def _about(command: str, model: str, call: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Say in ``result.json`` what was run; no path of this machine but the one that was typed."""
-    import diffusers
-    import torch
-
-    import mctd_diffusers
-
-    kept = {name: given for name, given in call.items() if name != "search_scheduler"}
-    return {
-        "command": command,
-        "model": "embedded" if model == EMBEDDED_MODEL else model,
-        "seed": seed,
-        "budget": _budget_in_words(call),
-        **{name: given for name, given in kept.items() if given is not None},
-        "versions": {
-            "mctd_diffusers": mctd_diffusers.__version__,
-            "diffusers": diffusers.__version__,
-            "torch": torch.__version__,
-        },
-    }
-
-
 # --- the judge ----------------------------------------------------------------------------------
 
 
@@ -194,152 +161,7 @@ def _gold_function(prompts: Sequence[str], demanded: bool | None) -> GoldFn | No
 
 # --- commands -----------------------------------------------------------------------------------
 
-
-@app.command()
-def generate(
-    prompts: Prompts,
-    output: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("outputs/generate"),
-    model: Model = "embedded",
-    reward: Reward = None,
-    search: Annotated[str, typer.Option(help=f"Name of {SEARCH_HELP}.")] = "mctd",
-    compute: Compute = None,
-    nfe_budget: NfeBudget = None,
-    cost_budget: CostBudget = None,
-    time_budget: TimeBudget = None,
-    steps: Steps = 32,
-    guidance: Guidance = 4.0,
-    seed: Seed = 0,
-    images_per_prompt: ImagesPerPrompt = 1,
-    scheduler: Scheduler = None,
-    rows_per_call: RowsPerCall = None,
-    device: Device = None,
-    trees: Annotated[bool, typer.Option("--trees", help="Draw the search trees too.")] = False,
-) -> None:
-    """Draw pictures, each the best that a search finds within its budget.
-
-    Writes PNG files with the recipe inside, and result.json with rewards and the ledger.
-    """
-    label, chosen = parse_search(search)
-    texts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    with saving() as saved:
-        from mctd_diffusers.evaluation.benchmark.cells import make_folder
-
-        call = check_call(
-            [chosen],
-            steps=steps,
-            guidance=guidance,
-            scheduler=scheduler,
-            device=device,
-            compute=compute,
-            nfe_budget=nfe_budget,
-            cost_budget=cost_budget,
-            time_budget_s=time_budget,
-            rows_per_call=rows_per_call,
-        )
-        make_folder(output)
-        pipe = load_pipeline(model, reward, call)
-        column, error = _draw(pipe, texts, label, chosen, seed=seed, call=call.arguments)
-        if column is not None:
-            about = _about("generate", model, call.arguments, seed)
-            _write_generated(
-                pipe,
-                column,
-                texts,
-                output,
-                call=call.arguments,
-                about=about,
-                trees=trees and error is None,
-                saved=saved,
-            )
-            for line in _generated_lines(column, saved):
-                typer.echo(line)
-        if error is not None:
-            raise error
-        if column is not None and column.was_interrupted:
-            raise KeyboardInterrupt
-
-
-def _draw(
-    pipe: MCTDPipeline,
-    prompts: Sequence[str],
-    label: str,
-    search: Any,
-    *,
-    seed: int,
-    call: dict[str, Any],
-    judge: GoldFn | None = None,
-) -> tuple[Column | None, SearchError | None]:
-    """Search by one method; where that fails, what was finished before and the error."""
-    import time
-
-    from mctd_diffusers.viewing.comparison import column_of, make_column
-
-    started = time.monotonic()
-    try:
-        column = make_column(pipe, prompts, label, search, seed=seed, call=call, judge=judge)
-    except SearchError as error:
-        if error.partial is None or all(image is None for image in error.partial.images):
-            return None, error
-        seconds = time.monotonic() - started
-        return column_of(error.partial, prompts, label, seconds=seconds, judge=judge), error
-    return column, None
-
-
-def _generated_lines(column: Column, saved: Sequence[Path]) -> list[str]:
-    """Lines that name the files of one search, pictures first, with what they are worth."""
-    drawn = [i for i, image in enumerate(column.images) if image is not None]
-    lines = []
-    for i, path in zip(drawn, saved, strict=False):
-        found = column.rewards[i]
-        scored = "" if found is None else f"  reward {found:.4g}"
-        lines.append(f"{path}{scored}  {column.nfe[i]} NFE")
-    return [*lines, *map(str, saved[len(drawn) :])]
-
-
-def _write_generated(
-    pipe: MCTDPipeline,
-    column: Column,
-    prompts: Sequence[str],
-    output: Path,
-    *,
-    call: dict[str, Any],
-    about: dict[str, Any],
-    trees: bool,
-    saved: list[Path],
-) -> None:
-    """Write pictures, ``result.json`` and trees of one search."""
-    import json
-
-    from mctd_diffusers.viewing.comparison import (
-        comparison_report,
-        file_names,
-        save_picture,
-        tree_figure,
-    )
-
-    names = file_names(prompts)
-    for i, name in enumerate(names):
-        if column.images[i] is not None:
-            saved.append(output / f"{name}.png")
-            save_picture(column, i, saved[-1])
-    report = comparison_report([column], prompts, about, _prices(pipe, column, call))
-    saved.append(output / "result.json")
-    saved[-1].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    for i, name in enumerate(names):
-        if trees and column.search is not None and column.images[i] is not None:
-            saved.append(output / f"{name}-tree.png")
-            tree_figure(pipe, column.search[i], prompts[i]).savefig(saved[-1])
-
-
-def _prices(pipe: MCTDPipeline, column: Column, call: dict[str, Any]) -> Any:
-    """The price list of a search: as it was measured for it, else measured now."""
-    from mctd_diffusers.search.environment import Prices
-
-    if column.ledger is None or column.ledger.prices != Prices():
-        return Prices() if column.ledger is None else column.ledger.prices
-    kept = ("num_inference_steps", "guidance_scale", "rows_per_call", "search_scheduler")
-    arguments = {name: call[name] for name in kept}
-    return pipe.estimate("a picture", search="best_of_n", compute=1.0, **arguments).prices
+app.command()(generate)
 
 
 def _compare(
@@ -364,7 +186,7 @@ def _compare(
     for label, search in searches:
         say_progress(f"{label}: {len(prompts)} image{'s' * (len(prompts) != 1)}")
         try:
-            column, ended = _draw(pipe, prompts, label, search, seed=seed, call=call, judge=judge)
+            column, ended = draw(pipe, prompts, label, search, seed=seed, call=call, judge=judge)
         except KeyboardInterrupt as stop:
             column, ended = None, stop
         if column is not None:
@@ -384,9 +206,9 @@ def _compare(
         output,
         pipe=pipe,
         title=f"{call['num_inference_steps']} steps, guidance {call['guidance_scale']:g}, "
-        f"{_budget_in_words(call)}, seed {seed}",
+        f"{budget_in_words(call)}, seed {seed}",
         about=about,
-        prices=_prices(pipe, searched[0], call) if searched else Prices(),
+        prices=prices_of(pipe, searched[0], call) if searched else Prices(),
         trees=trees,
         on_file=saved.append,
     )
@@ -484,7 +306,7 @@ def compare(
             call=call.arguments,
             seed=seed,
             judge=judge,
-            about=_about("compare", model, call.arguments, seed),
+            about=about("compare", model, call.arguments, seed),
             trees=trees,
             saved=saved,
         )
@@ -522,13 +344,14 @@ def demo(
             call=call.arguments,
             seed=seed,
             judge=judge,
-            about=_about("demo", "embedded", call.arguments, seed),
+            about=about("demo", "embedded", call.arguments, seed),
             trees=True,
             saved=saved,
         )
 
 
 app.command()(bench)
+app.command()(diagnose)
 
 
 @app.command("evaluate-model")

@@ -437,6 +437,8 @@ class MCTDPipeline(DiffusionPipeline):
         search: Strategy | None = None,
         reward_model: Any = None,
         save_every_s: float = 60.0,
+        output_type: str | None = None,
+        return_dict: bool | None = None,
         **arguments: Any,
     ) -> Any:
         r"""Go on with a search that `save_to=...` saved, as if it had never stopped.
@@ -455,6 +457,10 @@ class MCTDPipeline(DiffusionPipeline):
                 The reward that was searched.
             save_every_s (`float`, *optional*, defaults to 60):
                 As in the call.
+            output_type (`str`, *optional*, defaults to that of the call):
+                As in the call.
+            return_dict (`bool`, *optional*, defaults to that of the call):
+                As in the call.
             arguments (*optional*):
                 What the call was given that no folder can hold, such as `prompt_embeds`.
 
@@ -468,6 +474,11 @@ class MCTDPipeline(DiffusionPipeline):
         """
         check_save_every(save_every_s)
         opened = self.open_search(folder, search=search, reward_model=reward_model, **arguments)
+        if output_type is not None:
+            opened.call.stock["output_type"] = output_type
+        if return_dict is not None:
+            opened.call.stock["return_dict"] = return_dict
+        check_stock(opened.call.stock)
         return self._run(
             opened.call, CallSaver(folder, save_every_s, opened.call, opened.saved.log)
         )

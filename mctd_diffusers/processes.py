@@ -7,6 +7,7 @@ to the prompts before they are split: a picture is the same, bit for bit, in how
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,12 @@ from PIL import Image
 
 from mctd_diffusers.errors import ConfigError, SearchError
 from mctd_diffusers.pipeline import MCTDPipeline
-from mctd_diffusers.results import MCTDPipelineOutput, Recipe, save_image_with_recipe
+from mctd_diffusers.results import (
+    MCTDPipelineOutput,
+    Recipe,
+    joined_ledger,
+    save_image_with_recipe,
+)
 from mctd_diffusers.search.environment import Counts, Ledger
 
 
@@ -107,7 +113,7 @@ def search_in_processes(
 
     Args:
         pipe (`MCTDPipeline`):
-            On the device of this process: `pipe.to(PartialState().device)`.
+            On the device of this process: `pipe.to(process_state().device)`.
         prompts (`Sequence[str]`):
             All of them, in every process.
         seed (`int`, *optional*, defaults to 0):
@@ -128,7 +134,7 @@ def search_in_processes(
         raise ConfigError(f"{', '.join(taken)} are set by search_in_processes: leave them out")
     if together < 1:
         raise ConfigError(f"together={together}: give a whole number of at least 1")
-    state = PartialState()
+    state = process_state()
     mine: list[FoundImage] = []
     ledgers: list[tuple[int, Ledger]] = []
     with my_share(len(prompts)) as share:
@@ -149,20 +155,48 @@ def search_in_processes(
     parts = [part for _, several in everyone for part in several]
     return ProcessesOutput(
         found=[one for found, _ in everyone for one in found],
-        ledger=_together(parts) if parts else None,
+        ledger=joined_ledger(parts) if parts else None,
     )
+
+
+def process_state() -> PartialState:
+    """What accelerate knows of the processes; over gloo where there is no accelerator.
+
+    Raises:
+        ConfigError: several processes were launched, and accelerate was told of one.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != launched:
+        raise ConfigError(
+            f"{launched} processes were launched and accelerate's state has "
+            f"{state.num_processes}: on a CPU make it by PartialState(cpu=True), before anything "
+            "else does"
+        )
+    return state
 
 
 @contextmanager
 def my_share(count: int) -> Iterator[range]:
     """Positions of ``count`` things that are this process's to do; all of them in one process."""
-    with PartialState().split_between_processes(list(range(count))) as share:
+    with process_state().split_between_processes(list(range(count))) as share:
         yield range(share[0], share[-1] + 1) if share else range(0)
+
+
+def my_device() -> str | None:
+    """Device of this process among several; ``None`` in one process, which may choose."""
+    state = process_state()
+    return str(state.device) if state.num_processes > 1 else None
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all."""
+    return bool(process_state().is_main_process)
 
 
 def gather(entries: list[Any]) -> list[Any]:
     """The entries of all processes, in the order of the processes; in every process."""
-    state = PartialState()
+    state = process_state()
     return list(gather_object(entries)) if state.num_processes > 1 else entries
 
 
@@ -189,14 +223,3 @@ def _found_in(
             )
         )
     return found
-
-
-def _together(ledgers: Sequence[tuple[int, Ledger]]) -> Ledger:
-    """One ledger of several calls, each with the position of its first prompt."""
-    whole = Ledger(prices=ledgers[0][1].prices)
-    for first, ledger in ledgers:
-        whole.total += ledger.total
-        whole.by_problem |= {first + i: counts for i, counts in ledger.by_problem.items()}
-        for phase, seconds in ledger.seconds.items():
-            whole.charge_seconds(phase, seconds)
-    return whole

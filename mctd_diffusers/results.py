@@ -287,6 +287,24 @@ class PlainSamples:
     rewards: list[float | None]
 
 
+def joined_ledger(ledgers: Sequence[tuple[int, Ledger]]) -> Ledger:
+    """One ledger of several calls.
+
+    Args:
+        ledgers: at least one, each with the position of its call's first image among all.
+
+    Returns:
+        Sums; ``by_problem`` by position, prices those of the first.
+    """
+    whole = Ledger(prices=ledgers[0][1].prices)
+    for first, ledger in ledgers:
+        whole.total += ledger.total
+        whole.by_problem |= {first + i: counts for i, counts in ledger.by_problem.items()}
+        for phase, seconds in ledger.seconds.items():
+            whole.charge_seconds(phase, seconds)
+    return whole
+
+
 @dataclass
 class MCTDPipelineOutput(BaseOutput):
     """Output of a pipeline call.

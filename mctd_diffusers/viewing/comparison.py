@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,8 +17,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.pipeline import MCTDPipeline
-from mctd_diffusers.results import ImageSearch, MCTDPipelineOutput, save_image_with_recipe
+from mctd_diffusers.results import (
+    ImageSearch,
+    MCTDPipelineOutput,
+    joined_ledger,
+    save_image_with_recipe,
+)
 from mctd_diffusers.rewards.calls import call_reward, to_pil
 from mctd_diffusers.search.environment import Ledger, Prices
 from mctd_diffusers.search.tree import path_to_root
@@ -73,10 +79,57 @@ class Column:
     ledger: Ledger | None
     seconds: float
 
+    def without_pictures(self) -> Column:
+        """The same without pictures, latents and what decodes them: fit to be sent to others."""
+        search = self.search and [
+            replace(found, latents=found.latents[:0], decode=no_pictures) for found in self.search
+        ]
+        return replace(self, images=[None] * len(self.images), search=search)
+
     @property
     def was_interrupted(self) -> bool:
         """Whether Ctrl-C ended a search."""
         return any(found.stop_reason == "interrupted" for found in self.search or [])
+
+
+def no_pictures(latents: Tensor) -> list[Image.Image]:
+    """Stands for the decoder of samples that were left behind."""
+    raise ConfigError(f"{len(latents)} samples cannot be decoded here: ask where they were found")
+
+
+def join_columns(columns: Sequence[Column | None], prompts: Sequence[Sequence[str]]) -> Column:
+    """One column of several that were drawn side by side, for the images of all.
+
+    Args:
+        columns: at least one; ``None`` where nothing was finished.
+        prompts: of each column; an image of no column has nothing.
+    """
+    drawn = [column for column in columns if column is not None]
+    lengths = [len(part) for part in prompts]
+
+    def joined(name: str, nothing: Any) -> list[Any]:
+        return [
+            entry
+            for column, length in zip(columns, lengths, strict=True)
+            for entry in ([nothing] * length if column is None else getattr(column, name))
+        ]
+
+    starts = itertools.accumulate(lengths, initial=0)
+    ledgers = [
+        (start, column.ledger)
+        for start, column in zip(starts, columns, strict=False)
+        if column is not None and column.ledger is not None
+    ]
+    return Column(
+        label=drawn[0].label,
+        images=joined("images", None),
+        rewards=joined("rewards", None),
+        nfe=joined("nfe", 0),
+        gold=joined("gold", None),
+        search=None if drawn[0].search is None else joined("search", None),
+        ledger=joined_ledger(ledgers) if ledgers else None,
+        seconds=max(column.seconds for column in drawn),
+    )
 
 
 def make_column(
@@ -324,8 +377,8 @@ def comparison_report(
             entry["reward"] = column.rewards[i]
             if gold is not None:
                 entry |= {"gold": gold.gold, "all_right": gold.all_right}
-            if column.search is not None:
-                found = column.search[i]
+            found = None if column.search is None else column.search[i]
+            if found is not None:
                 entry |= {
                     "cost": prices.cost(found.spent),
                     "stop_reason": found.stop_reason,
