@@ -24,7 +24,7 @@ from mctd_diffusers.search.strategies import (
     TextbookMCTD,
 )
 from tests.by_hand import columns_of
-from tests.toys import search, small_environment
+from tests.toys import guided_environment, search, small_environment
 
 FOLDER: Final = Path(__file__).parent / "golden"
 SEARCHES: Final[dict[str, Strategy]] = {
@@ -40,6 +40,8 @@ SEARCHES: Final[dict[str, Strategy]] = {
     "smc": SMC(),
 }
 """Name of a golden tree -> its search, with the settings that a user gets by that name."""
+GUIDED: Final = {"mctd"}
+"""Searches that do more where guidance can be chosen."""
 NUM_STEPS: Final = 4
 NFE: Final = {
     "best_of_n": 12,
@@ -62,7 +64,8 @@ def path_of(name: str) -> Path:
 
 def grow(name: str) -> dict[str, list[Any]]:
     """Columns of the tree of a search, run now."""
-    (result,) = search(SEARCHES[name], small_environment(1, NUM_STEPS), nfe=NFE[name])
+    make = guided_environment if name in GUIDED else small_environment
+    (result,) = search(SEARCHES[name], make(1, NUM_STEPS), nfe=NFE[name])
     return columns_of(result.tree)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,15 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
 from mctd_diffusers.evaluation.mixture_worlds import rugged_environment
 from mctd_diffusers.search.budget import Budget
-from mctd_diffusers.search.environment import Reset, Step
+from mctd_diffusers.search.environment import Reset, Step, Value
 from mctd_diffusers.search.runner import SearchResult
+from mctd_diffusers.search.selection import best_first
 from mctd_diffusers.search.strategies import MCTD
 from mctd_diffusers.search.tree import DRAW, ROOT, STEP, path_to_root
 from tests.by_hand import step_by_hand
 from tests.strategies import mctds
-from tests.toys import PRICES, problems_of, search, small_environment
+from tests.toys import PRICES, guided_environment, problems_of, search, small_environment
+
+each_kind = pytest.mark.parametrize("make", [small_environment, guided_environment])
 
 
 def least_budget(strategy: MCTD, num_steps: int, nfe: int) -> int:
@@ -55,14 +60,19 @@ def num_resumed(result: SearchResult) -> int:
     )
 
 
+@each_kind
 @settings(max_examples=25)
 @given(mctds, st.integers(1, 8), st.integers(1, 7), st.integers(4, 60))
 def test_visits_are_the_backups_through_a_node_at_any_wave_size(
-    strategy: MCTD, wave_size: int, num_steps: int, nfe: int
+    make: Callable[..., MixtureEnvironment],
+    strategy: MCTD,
+    wave_size: int,
+    num_steps: int,
+    nfe: int,
 ) -> None:
     strategy = replace(strategy, wave_size=wave_size)
     nfe = least_budget(strategy, num_steps, nfe)
-    (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
+    (result,) = search(strategy, make(1, num_steps), nfe=nfe)
     assert_visits_are_exact(result)
 
 
@@ -74,20 +84,21 @@ def test_visits_are_exact_where_stored_states_are_gone_on_from(wave_size: int) -
     assert num_resumed(result) > 2
 
 
+@each_kind
 @settings(max_examples=25)
 @given(mctds, st.integers(1, 9), st.integers(1, 60))
 def test_strides_are_those_allowed_and_jumps_keep_to_a_quarter(
-    strategy: MCTD, num_steps: int, nfe: int
+    make: Callable[..., MixtureEnvironment], strategy: MCTD, num_steps: int, nfe: int
 ) -> None:
     nfe = least_budget(strategy, num_steps, nfe)
-    (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
+    (result,) = search(strategy, make(1, num_steps), nfe=nfe)
     tree = result.tree
-    steps = tree.move == STEP
-    allowed = {k for k in strategy.strides if k == 1 or 4 * k <= num_steps}
-    cuts_short = strategy.stride_policy == "constant"  # its last edge crosses what is left
-    for stride in set(tree.stride[steps].tolist()) - allowed:
-        assert cuts_short
-        assert (tree.step_index[tree.stride == stride] == num_steps).all()
+    for node in np.flatnonzero(tree.move == STEP):
+        stride, target = tree.stride[node], tree.step_index[node]
+        cut_short = strategy.stride_policy == "constant" and target == num_steps
+        assert stride in strategy.strides or cut_short
+        is_to_a_seed = 3 * target <= num_steps
+        assert stride == 1 or 4 * stride <= num_steps or is_to_a_seed
     assert ((tree.move == DRAW) == (tree.parent == ROOT)).all()
 
 
@@ -114,7 +125,7 @@ def test_the_candidates_of_a_path_stay_within_the_brake(
 
 @pytest.mark.parametrize("finish", [1, 2, 3])
 def test_the_best_of_the_last_level_are_finished(finish: int) -> None:
-    strategy = MCTD(finish=finish, first_share=0.5, draft_share=0.0)
+    strategy = MCTD(finish=finish, first_share=0.5, seed_share=0.0)
     environment = rugged_environment(1, num_steps=8, first_seed=4)
     (problem,) = problems_of(environment, Budget(nfe=120))
     tree = problem.tree
@@ -143,34 +154,62 @@ def test_the_budget_is_used_up(nfe: int) -> None:
         assert result.stop_reason == "budget"
 
 
+@each_kind
 @pytest.mark.parametrize("cost", [30.0, 90.0])
-def test_a_cost_budget_is_used_up_and_never_exceeded(cost: float) -> None:
-    environment = small_environment(2, 8, prices=PRICES)
+def test_a_cost_budget_is_used_up_and_never_exceeded(
+    make: Callable[..., MixtureEnvironment], cost: float
+) -> None:
+    environment = make(2, 8, prices=PRICES)
     for result in search(MCTD(), environment, nfe=None, cost=cost):
         assert cost - 12 <= PRICES.cost(result.spent) <= cost + 1e-6
         assert result.finished
 
 
-def test_drafts_are_finished_coarsely_by_their_share_before_the_first_greedy_rollout() -> None:
-    (result,) = search(MCTD(draft_share=0.5), small_environment(1, 16), nfe=96)
+def test_seeds_are_valued_a_third_down_and_the_best_of_them_are_finished_coarsely() -> None:
+    (result,) = search(MCTD(), guided_environment(1, 16), nfe=96)
     tree = result.tree
-    drafts = [sample for sample in result.finished if sample.nfe_when_found == 48]
-    assert len(drafts) == 12  # of 48 NFE, each with four edges of stride 4
-    for sample in drafts:
+    seeds = [node for draw in tree.children(ROOT) for node in tree.children(draw)]
+    assert len(seeds) == 24, "half of 96 NFE, two a seed"
+    assert (tree.step_index[seeds] == 4).all()
+    assert not np.isnan(tree.value[seeds]).any()
+    coarse = [sample for sample in result.finished if sample.nfe_when_found == 48 + 24]
+    assert len(coarse) == 12, "a quarter of 96 NFE, two a rollout"
+    for sample in coarse:
         path = path_to_root(tree, sample.node)[:-2]
         assert tree.stride[path].tolist() == [4, 4, 4, 4]
-        assert np.isnan(tree.eta[path]).all(), "a draft steps as the user's own scheduler"
-    # The first greedy rollout goes on from the state a quarter down the best of them.
-    best = max(drafts, key=lambda sample: sample.reward)
-    state = path_to_root(tree, best.node)[-3]
-    assert tree.step_index[state] == 4
-    assert len(tree.children(state)) > 1
-    assert all(len(tree.children(node)) == 1 for node in tree.children(ROOT)[:12])
+        assert np.isnan(tree.eta[path]).all(), "it steps as the user's own scheduler"
+    finished = {path_to_root(tree, sample.node)[-3] for sample in coarse}
+    assert finished == {seeds[i] for i in best_first(tree.value[seeds])[:12]}
+    # The first greedy rollout goes on from the seed of the best of them.
+    best = path_to_root(tree, max(coarse, key=lambda sample: sample.reward).node)[-3]
+    assert len(tree.children(best)) > 2
+    assert all(len(tree.children(seed)) <= 1 for seed in seeds if seed != best)
 
 
-def test_a_share_that_pays_for_one_draft_at_most_drafts_none() -> None:
-    (result,) = search(MCTD(draft_share=0.2), small_environment(1, 16), nfe=20)
-    assert result.finished[0].nfe_when_found > 4
+def test_a_share_that_pays_for_one_seed_at_most_seeds_none() -> None:
+    (result,) = search(MCTD(seed_share=0.15), guided_environment(1, 16), nfe=20)
+    draws = result.tree.children(ROOT)
+    assert len(draws) > 1, "candidates of a greedy rollout from the root"
+    assert not np.isnan(result.tree.value[list(draws)]).any()
+
+
+def test_without_guidance_to_weaken_there_are_no_seeds() -> None:
+    (result,) = search(MCTD(), small_environment(1, 16), nfe=96)
+    draws = result.tree.children(ROOT)
+    assert not np.isnan(result.tree.value[list(draws)]).any(), "noises are valued as they are"
+
+
+def test_guidance_is_a_share_of_the_calls_where_it_can_be_chosen() -> None:
+    environment = guided_environment(1, 8)
+    (problem,) = problems_of(environment, Budget(nfe=60))
+    strategy = MCTD(value_guidance=0.5, rollout_guidance=0.75)
+    asked: dict[type, set[float | None]] = {Step: set(), Value: set()}
+    for request, _ in step_by_hand(strategy, problem, environment):
+        if isinstance(request, Step):
+            asked[Step] |= {action.guidance for action in request.actions}
+        elif isinstance(request, Value):
+            asked[Value].add(request.guidance)
+    assert asked == {Step: {0.5, 0.75}, Value: {0.5}}
 
 
 def test_values_below_a_node_decide_where_the_search_goes_on() -> None:

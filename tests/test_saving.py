@@ -359,7 +359,7 @@ def test_a_strategy_of_ones_own_is_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", [Beam(), MCTD(exploration=2.0, wave_size=1), BestOfN()])
 def test_a_log_of_another_search_is_refused(other: Strategy) -> None:
-    world, _, log = searched(MCTD(draft_share=0.3), nfe=40)
+    world, _, log = searched(MCTD(seed_share=0.3), nfe=40)
     with pytest.raises(ConfigError, match="the log does not fit the search"):
         rebuild(other, problems_of(world, Budget(nfe=40)), log)
 

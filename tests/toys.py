@@ -39,6 +39,19 @@ def small_environment(
     return make(mixtures, rewards, num_steps=num_steps, prices=prices)
 
 
+def guided_environment(
+    num_problems: int = 1, num_steps: int = 4, *, prices: Prices | None = None
+) -> MixtureEnvironment:
+    """The same with guidance, whose scale of 1 is the call's own."""
+    return MixtureEnvironment(
+        [small_mixture(seed) for seed in range(num_problems)],
+        [QuadraticReward(np.ones(3), np.full(3, 0.5 * seed)) for seed in range(num_problems)],
+        num_steps=num_steps,
+        unconditional=[small_mixture(seed, components=8) for seed in range(num_problems)],
+        prices=prices,
+    )
+
+
 def problems_of(
     environment: MixtureEnvironment, budget: Budget, indices: Sequence[int] | None = None
 ) -> list[Problem]:

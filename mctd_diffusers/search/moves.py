@@ -262,6 +262,7 @@ def finish(
     *,
     strides: Sequence[int],
     etas: Sequence[float | None] | None = None,
+    guidance: float | None = None,
 ) -> Asks:
     """Step ``nodes`` over ``strides`` to the end, and score them.
 
@@ -271,6 +272,7 @@ def finish(
         strides: schedule steps of each edge, exactly those left.
         etas: share of fresh noise of each edge; ``None`` for all, or for one, is as the user's
             scheduler says.
+        guidance: scale of guidance of all edges; ``None`` is the call's own.
 
     Returns:
         The rows of the finished nodes, in order.
@@ -280,7 +282,7 @@ def finish(
         todo = [node for node in nodes if not problem.tree.evaluated[node]]
         if todo:
             yield from denoise(problem, todo)
-        nodes = yield from step(problem, nodes, stride=stride, eta=eta)
+        nodes = yield from step(problem, nodes, stride=stride, eta=eta, guidance=guidance)
     yield from reward(problem, nodes)
     return nodes
 

@@ -48,6 +48,19 @@ def constant_strides(num_steps: int, stride: int) -> tuple[int, ...]:
     return (stride,) * whole + ((rest,) if rest else ())
 
 
+def coarsest_strides(num_steps: int, allowed: Sequence[int]) -> tuple[int, ...]:
+    """Few allowed strides, the long ones last: while there is room for the longest, it is taken.
+
+    >>> coarsest_strides(11, (1, 2, 4))
+    (1, 2, 4, 4)
+
+    Raises:
+        ScheduleError: there is no step left, or ``allowed`` lacks 1, without which not every
+            schedule can be crossed.
+    """
+    return shrinking_strides(num_steps, allowed, 1.0)[::-1]
+
+
 def shrinking_strides(num_steps: int, allowed: Sequence[int], share: float) -> tuple[int, ...]:
     """Long strides first: each the longest allowed that crosses at most ``share`` of what is left.
 

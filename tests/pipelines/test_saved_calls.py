@@ -99,7 +99,7 @@ def assert_same_output(one: Any, other: Any) -> None:
         ("ddim", {"search": "mctd"}),
         ("euler_ancestral", {"search": "beam", "include_plain": True, "compute": 3}),
         ("dpm_multistep", {"search": "beam", "guidance_scale": 1.0}),
-        ("euler", {"search": MCTD(draft_share=0.3, wave_size=3)}),
+        ("euler", {"search": MCTD(seed_share=0.3, wave_size=3)}),
     ],
 )
 def test_a_call_stopped_at_any_wave_goes_on_as_if_never_stopped(

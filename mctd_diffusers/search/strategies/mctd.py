@@ -3,16 +3,22 @@
 After Yoon et al. (2025, MCTD, arXiv 2502.07202) and its parallel and sparse forms (arXiv
 2506.09498), with what was measured on exact-score mixtures and on the model in the box.
 
-First *draft* (S-MCTD): a share of the budget goes into new initial noises, each finished by a
-coarse rollout, four edges or so, scored in full and backed up. Every state is stored.
+Where guidance can be chosen, it begins with coarse looks at many samples (S-MCTD); every state is
+stored:
+
+- *seeds*: a share of the budget goes into new initial noises, each stepped a third down the
+  schedule and valued there by its denoised estimate, under half of the call's guidance. Strong
+  guidance is for short steps: under it, the estimate of a noisy sample tells little of what will
+  become of it, and seeds do not pay;
+- *coarse rollouts*: the best seeds are finished in few plain strides, scored and backed up.
 
 Then, until the budget is spent:
 
 1. select: descend from the root by UCT among the stored children of each node (those without a
    finished sample below count with their calibrated estimate), until a node may be widened by the
    law of progressive widening, or was not visited before; count the visit as under way;
-   ``wave_size`` times on one snapshot of the tree. The first wave is one rollout, from the state a
-   quarter down the best draft;
+   ``wave_size`` times on one snapshot of the tree. The first wave is one rollout, from the best
+   seed;
 2. simulate: *greedy rollouts* from the selected nodes, side by side: on each edge the best of
    several children by the value of their denoised estimate, with long strides where little budget
    is left, and a bound on the summed log of candidates; from the root they begin by drawing new
@@ -37,8 +43,10 @@ from mctd_diffusers.search.backups import BackupFn, max_backup, mean_backup, sof
 from mctd_diffusers.search.budget import UNLIMITED
 from mctd_diffusers.search.environment import Asks, Values
 from mctd_diffusers.search.moves import (
+    back_up,
     denoise,
     draw,
+    finish,
     finish_plainly,
     gather,
     reward,
@@ -53,7 +61,7 @@ from mctd_diffusers.search.selection import (
     uct_scores,
 )
 from mctd_diffusers.search.settings import check_setting
-from mctd_diffusers.search.strides import Plan, StridePolicy, constant_strides, plan_rollout
+from mctd_diffusers.search.strides import Plan, StridePolicy, coarsest_strides, plan_rollout
 from mctd_diffusers.search.tree import (
     ROOT,
     Tree,
@@ -65,7 +73,7 @@ from mctd_diffusers.search.tree import (
 from mctd_diffusers.search.widening import may_widen_progressively
 
 _BACKUPS: Final = ("max", "mean", "soft")
-_DRAFTS_AT_ONCE: Final = 16  # in one call of each kind, and where no budget bounds their number
+_SEEDS_AT_ONCE: Final = 16  # in one call of each kind, and where no budget bounds their number
 
 
 @dataclass(frozen=True)
@@ -81,9 +89,13 @@ class MCTD:
             ``"constant"``.
         edge_gain: how the gain of a rollout grows with its number of selections (exponent, 0 to
             0.5): lower takes fewer edges with more candidates.
-        draft_share: share of the budget for drafts; 0 leaves the choice among initial noises to the
-            first edge of a greedy rollout.
-        first_share: share of what the drafts leave that the first greedy rollout may spend; the
+        seed_share: share of the budget for seeds, where guidance can be chosen; 0 leaves the choice
+            among initial noises to the first edge of a greedy rollout.
+        coarse_share: share of the budget for coarse rollouts of the best seeds.
+        value_guidance: guidance of seeds and of all estimates that are valued, as a share of the
+            call's, which 1 is; of no effect where guidance cannot be chosen.
+        rollout_guidance: the same for the edges of rollouts.
+        first_share: share of what is left then that the first greedy rollout may spend; the
             waves after it spend the same share of what is left, in rollouts from stored states.
         wave_size: greedy rollouts that run side by side on one snapshot of the tree.
         exploration: weight of the UCT bonus on values that are min-max normalised among siblings.
@@ -102,7 +114,10 @@ class MCTD:
     strides: tuple[int, ...] = (1, 2, 4, 8)
     stride_policy: StridePolicy = "coarse_to_fine"
     edge_gain: float = 0.4
-    draft_share: float = 0.6
+    seed_share: float = 0.5
+    coarse_share: float = 0.25
+    value_guidance: float = 0.5
+    rollout_guidance: float = 0.75
     first_share: float = 0.9
     wave_size: int = 2
     exploration: float = 0.2
@@ -119,9 +134,23 @@ class MCTD:
             check_setting("candidates", self.candidates, 1, whole=True)
         for name in ("wave_size", "finish"):
             check_setting(name, getattr(self, name), 1, whole=True)
-        for name in ("edge_gain", "draft_share", "first_share", "branch_eta", "widening_exponent"):
+        for name in (
+            "edge_gain",
+            "seed_share",
+            "coarse_share",
+            "first_share",
+            "branch_eta",
+            "widening_exponent",
+        ):
             check_setting(name, getattr(self, name), 0, 1)
-        for name in ("exploration", "widening_constant", "brake_nats", "temperature"):
+        for name in (
+            "value_guidance",
+            "rollout_guidance",
+            "exploration",
+            "widening_constant",
+            "brake_nats",
+            "temperature",
+        ):
             check_setting(name, getattr(self, name), 0)
         if not self.first_share:
             raise ConfigError("first_share is 0; a rollout needs a share above 0.")
@@ -151,13 +180,14 @@ class MCTD:
 
     def search(self, problem: Problem) -> Asks:
         """Waves of simulations until the budget pays for none."""
-        drafted = yield from self._draft(problem)
-        wave = self._first_wave(problem, drafted) or self._first_wave(problem, ROOT)
+        seeds = yield from self._seed(problem)
+        yield from self._finish_coarsely(problem, seeds)
+        start = _most_promising(problem.tree, seeds) if seeds else ROOT
+        wave = self._first_wave(problem, start) or self._first_wave(problem, ROOT)
         if not wave:
-            if drafted == ROOT:  # the account pays for a sample, not for valuing to choose it by
+            if not seeds:  # the account pays for a sample, not for valuing to choose it by
                 nodes = yield from draw(problem, 1)
-                for leaf in (yield from finish_plainly(problem, nodes)):
-                    backup(problem.tree, leaf, float(problem.tree.reward[leaf]))
+                back_up(problem, (yield from finish_plainly(problem, nodes)))
             return "budget"
         standard = _standard(problem, *wave[0])
         while wave:
@@ -174,44 +204,74 @@ class MCTD:
             wave = self._select_wave(problem, standard)
         return "budget"
 
-    # ---- 0. draft
+    # ---- 0. seeds and coarse rollouts
 
-    def _draft(self, problem: Problem) -> Asks:
-        """Finish new initial noises by coarse rollouts.
+    def _seed(self, problem: Problem) -> Asks:
+        """Draw initial noises, step them down a third of the schedule, and value them there.
 
         Returns:
-            The node a quarter down the best draft; the root where the share pays for one at most.
+            The valued nodes; none where their share of the budget does not pay for two.
         """
-        tree = problem.tree
-        strides = constant_strides(problem.num_steps, max(self._usable_strides(problem)))
-        count = self._num_drafts(problem, len(strides))
-        if count < 2:
-            return ROOT
-        for first in range(0, count, _DRAFTS_AT_ONCE):
-            nodes = yield from draw(problem, min(_DRAFTS_AT_ONCE, count - first))
-            for stride in strides:
+        edges = self._seed_strides(problem)
+        guidance = self._guidance(problem, self.value_guidance)
+        count = self._num_seeds(problem, 1 + len(edges))
+        seeds: list[int] = []
+        while len(seeds) < count:
+            nodes = yield from draw(problem, min(_SEEDS_AT_ONCE, count - len(seeds)))
+            for stride in edges:
                 yield from denoise(problem, nodes)
-                nodes = yield from step(problem, nodes, stride=stride, eta=None)
-            yield from reward(problem, nodes)
-            for leaf in nodes:
-                backup(tree, leaf, float(tree.reward[leaf]))
-        node = _best_child(tree, ROOT)
-        while 4 * tree.step_index[node] < problem.num_steps:
-            child = _best_child(tree, node)
-            if tree.step_index[child] == problem.num_steps:
-                break
-            node = child
-        return node
+                nodes = yield from step(problem, nodes, stride=stride, eta=None, guidance=guidance)
+            yield from denoise(problem, nodes)
+            yield from value(problem, nodes, guidance=guidance)
+            seeds += nodes
+        return seeds
 
-    def _num_drafts(self, problem: Problem, edges: int) -> int:
-        """Drafts that their share of the budget pays for."""
+    def _num_seeds(self, problem: Problem, nfe: int) -> int:
+        """Seeds that their share of the budget pays for, with one rollout left to pay."""
         account = problem.account
+        if problem.guidance_scale is None or not self.seed_share:
+            return 0
         if account.nfe_left == UNLIMITED:
-            return _DRAFTS_AT_ONCE if self.draft_share else 0
-        count = int(self.draft_share * account.nfe_left) // edges
-        while count and not account.affords(account.price(nfe=count * edges, rewards=count)):
-            count -= 1
-        return count
+            return _SEEDS_AT_ONCE
+        most = int(self.seed_share * account.nfe_left) // nfe
+        rollout = account.price(nfe=len(self._coarse_strides(problem)), rewards=1)
+        count = account.affordable(account.price(nfe=nfe, values=1), most, besides=rollout)
+        return count if count > 1 else 0
+
+    def _finish_coarsely(self, problem: Problem, seeds: list[int]) -> Asks:
+        """Finish the best seeds in few plain strides, and back them up."""
+        if not seeds:
+            return
+        account = problem.account
+        strides = self._coarse_strides(problem)
+        share = self.coarse_share / (1 - self.seed_share) if self.seed_share < 1 else 1.0
+        nfe = len(strides) - 1
+        most = len(seeds)
+        if account.nfe_left != UNLIMITED and nfe:
+            most = min(most, int(min(share, 1.0) * account.nfe_left) // nfe)
+        count = account.affordable(account.price(nfe=nfe, rewards=1), max(most, 1))
+        best = [seeds[i] for i in best_first(problem.tree.value[seeds])[:count]]
+        if best:
+            guidance = self._guidance(problem, self.rollout_guidance)
+            leaves = yield from finish(problem, best, strides=strides, guidance=guidance)
+            back_up(problem, leaves)
+
+    def _coarse_strides(self, problem: Problem) -> tuple[int, ...]:
+        """The strides of a coarse rollout from a seed."""
+        left = problem.num_steps - sum(self._seed_strides(problem))
+        return coarsest_strides(left, self._usable_strides(problem))
+
+    def _seed_strides(self, problem: Problem) -> tuple[int, ...]:
+        """The strides to a seed: as many of the longest as fit in a third of the schedule."""
+        depth = problem.num_steps // 3
+        longest = max((k for k in self.strides if k <= depth), default=1)
+        return (longest,) * (depth // longest)
+
+    def _guidance(self, problem: Problem, share: float) -> float | None:
+        """A share of the call's guidance, where it can be chosen."""
+        if share == 1 or problem.guidance_scale is None:
+            return None
+        return share * problem.guidance_scale
 
     def _usable_strides(self, problem: Problem) -> tuple[int, ...]:
         """The strides without those that leave the data."""
@@ -340,22 +400,28 @@ class MCTD:
 
     def _simulate(self, problem: Problem, start: int, plan: Plan) -> Asks:
         """Greedy rollout: on each edge go on from the best candidate; returns finished nodes."""
+        guidance = self._guidance(problem, self.rollout_guidance)
         nodes = [start]
         if start == ROOT:
             nodes = yield from self._tried(problem, (yield from draw(problem, plan.candidates[0])))
         for stride, count in zip(plan.strides[:-1], plan.candidates[:-1], strict=True):
             parents = [nodes[0]] * count
-            made = yield from step(problem, parents, stride=stride, eta=self.branch_eta)
+            made = yield from step(
+                problem, parents, stride=stride, eta=self.branch_eta, guidance=guidance
+            )
             nodes = yield from self._tried(problem, made)
         chosen = nodes[: self.finish]
-        leaves = yield from step(problem, chosen, stride=plan.strides[-1], eta=None)
+        leaves = yield from step(
+            problem, chosen, stride=plan.strides[-1], eta=None, guidance=guidance
+        )
         yield from reward(problem, leaves)
         return leaves
 
     def _tried(self, problem: Problem, nodes: list[int]) -> Asks:
         """Evaluate and value candidates; returns them best first."""
         yield from denoise(problem, nodes)
-        values = yield from value(problem, nodes)
+        guidance = self._guidance(problem, self.value_guidance)
+        values = yield from value(problem, nodes, guidance=guidance)
         return [nodes[i] for i in best_first(values)]
 
 
@@ -377,9 +443,9 @@ def _standard(problem: Problem, start: int, plan: Plan) -> _Standard:
     return _Standard(tuple(done + end for end in accumulate(plan.strides)), plan.candidates[0])
 
 
-def _best_child(tree: Tree, node: int) -> int:
-    """The child with the best reward below it, the first of equals."""
-    return max(tree.children(node), key=lambda child: tree.max_value[child])
+def _most_promising(tree: Tree, seeds: list[int]) -> int:
+    """The seed with the best reward below it, or if there is none, with the best value."""
+    return max(seeds, key=lambda node: (tree.max_value[node], tree.value[node]))
 
 
 def _nfe(start: int, plan: Plan) -> int:
