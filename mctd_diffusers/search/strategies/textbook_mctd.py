@@ -52,8 +52,8 @@ class TextbookMCTD:
     """MCTD, P-MCTD, S-MCTD and Fast-MCTD by their papers; ``mctd`` is this project's own.
 
     Attributes:
-        guidances: the actions: scales of classifier-free guidance, ``None`` for the call's own;
-            where a call has no free guidance, as many draws of noise.
+        guidances: the actions: classifier-free guidance as shares of the call's, ``None`` for its
+            own; where guidance cannot be chosen, as many draws of noise.
         noises: initial noises, the children of the root; 1 in the paper.
         depth: edges of the search from an initial noise to the end.
         expansion_stride: schedule steps that a step of an expansion crosses (S switch).
@@ -66,7 +66,7 @@ class TextbookMCTD:
             alone tells children apart.
     """
 
-    guidances: tuple[float | None, ...] = (2.0, 4.0, 8.0)
+    guidances: tuple[float | None, ...] = (0.5, 1.0, 2.0)
     noises: int = 3
     depth: int = 5
     expansion_stride: int = 1
@@ -79,7 +79,7 @@ class TextbookMCTD:
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidances", tuple(self.guidances))
         if not self.guidances:
-            raise ConfigError("guidances is (); give at least one scale, such as (2.0, 4.0, 8.0).")
+            raise ConfigError("guidances is (); give at least one scale, such as (0.5, 1.0, 2.0).")
         for scale in self.guidances:
             if scale is not None:
                 check_setting("guidances", scale, 0)
@@ -193,11 +193,10 @@ class TextbookMCTD:
         expansion = growth.course.expansion(step_index)
         if step_index + sum(expansion) == problem.num_steps and len(expansion) <= 1:
             return []
-        return (
-            list(self.guidances)
-            if problem.guidance_scale is not None
-            else [None] * len(self.guidances)
-        )
+        scale = problem.guidance_scale
+        return [
+            None if share is None or scale is None else share * scale for share in self.guidances
+        ]
 
     def _course(self, num_steps: int) -> _Course:
         return _Course(
