@@ -73,7 +73,7 @@ def _not_beaten(results: Results, found: Sequence[Contest], where: str) -> Claim
         return Claim(None, f"At {where}, {CANDIDATE} meets no rival at any budget.")
     below = [c for c in found if c.p_margin > 1 - CONFIDENCE]
     above = [c for c in found if c.p_above <= (1 - CONFIDENCE) / 2]
-    within = "every budget"
+    within = "every budget" + " that can be compared" * bool(missing)
     if below:
         within = ", ".join(c.budget for c in found if c not in below) or "no budget"
         within += f" (not at {_named(below, 'p_margin')})"
