@@ -28,6 +28,7 @@ from torch import Tensor
 from mctd_diffusers.errors import ConfigError, SearchError
 from mctd_diffusers.search.environment import Counts, Ledger, Prices
 from mctd_diffusers.search.runner import Finished, SearchResult
+from mctd_diffusers.search.sampling import sample_from_tree
 from mctd_diffusers.search.tree import DRAW, PERTURB, RENOISE, STEP, Tree, path_to_root
 
 logger = logging.getLogger(__name__)
@@ -234,12 +235,35 @@ class ImageSearch:
         order = sorted(range(len(self.finished)), key=lambda i: -self.finished[i].reward)
         order = _without_repetitions(self.latents, order)
         chosen = _spread(self.latents, order[: 4 * n], n) if diverse else order[:n]
-        if not chosen:
+        return self._samples(chosen)
+
+    def draw(self, n: int, *, temperature: float, seed: int = 0) -> list[Sample]:
+        """Draw finished samples by the soft values of the tree, at no further evaluation.
+
+        For a tree that ``DTS`` has grown: the larger it is, the nearer is the law of a draw to that
+        of plain samples, tilted by ``exp(reward / temperature)``. See
+        `search.sampling.sample_from_tree`.
+
+        Args:
+            n: how many; one sample may come often.
+            temperature: in reward units, above 0; that of the search, where it has one.
+            seed: decides the draws.
+
+        Raises:
+            ConfigError: an argument outside its range, or nothing was backed up in the tree.
+        """
+        nodes = sample_from_tree(self.tree, temperature=temperature, seed=seed, count=n)
+        position = {sample.node: i for i, sample in enumerate(self.finished)}
+        return self._samples([position[node] for node in nodes.tolist()])
+
+    def _samples(self, positions: Sequence[int]) -> list[Sample]:
+        """Finished samples with their pictures."""
+        if not positions:
             return []
-        images = self.decode(self.latents[chosen])
+        images = self.decode(self.latents[positions])
         return [
             Sample(image, self.finished[i].reward, self.finished[i].node, self.latents[i])
-            for image, i in zip(images, chosen, strict=True)
+            for image, i in zip(images, positions, strict=True)
         ]
 
     def _recipe(self, tree: Tree, sample: Finished) -> Recipe:

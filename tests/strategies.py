@@ -90,6 +90,7 @@ dtss = st.builds(
     partial(built, DTS),
     select=st.sampled_from(("boltzmann", "uct")),
     temperature=st.none() | st.sampled_from((0.01, 1.0)),
+    selection_temperature=st.none() | st.sampled_from((0.5, float("inf"))),
     exploration=st.sampled_from((0.0, 0.5, 2.0)),
     widening_constant=st.sampled_from((1.0, 2.0)),
     widening_exponent=st.sampled_from((0.5, 0.8, 1.0)),

@@ -339,6 +339,7 @@ def test_a_class_is_no_strategy_yet(wrong: Any) -> None:
         (DTS, "temperature", 0.0),
         (DTS, "temperature", -1.0),
         (DTS, "temperature_share", 0.0),
+        (DTS, "selection_temperature", 0.0),
         (DTS, "exploration", -0.1),
         (DTS, "widening_constant", -1.0),
         (DTS, "widening_exponent", 1.5),

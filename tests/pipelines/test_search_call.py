@@ -26,7 +26,7 @@ from mctd_diffusers.results import read_recipe, save_image_with_recipe
 from mctd_diffusers.search.environment import Asks
 from mctd_diffusers.search.moves import denoise, draw, finish_plainly, perturb, renoise, step
 from mctd_diffusers.search.problem import Problem
-from mctd_diffusers.search.strategies import BestOfN
+from mctd_diffusers.search.strategies import DTS, BestOfN
 from mctd_diffusers.search.tree import DRAW, ROOT, issue_seeds, path_to_root
 from tests.pipelines import tiny
 
@@ -343,6 +343,18 @@ def test_top_gives_distinct_samples_best_first(pipe: MCTDPipeline) -> None:
     assert diverse[0].node == top[0].node
     assert len({sample.node for sample in diverse}) == 3
     assert len(found.top(100)) == 6
+
+
+def test_samples_are_drawn_from_the_tree_of_a_search(pipe: MCTDPipeline) -> None:
+    output = search(pipe, search=DTS(temperature=0.1), compute=4)
+    found, spent = output.search[0], output.nfe[0]
+    drawn = found.draw(5, temperature=0.1, seed=1)
+    assert output.nfe[0] == spent
+    rewards = {sample.node: sample.reward for sample in found.finished}
+    assert [sample.reward for sample in drawn] == [rewards[sample.node] for sample in drawn]
+    (cold,) = found.draw(1, temperature=1e-12)
+    assert cold.reward == found.best_reward
+    assert np.array_equal(np.array(cold.image), np.array(found.top(1)[0].image))
 
 
 # Schedulers

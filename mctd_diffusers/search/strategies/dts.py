@@ -52,6 +52,11 @@ class DTS:
             spread of rewards at the root, see :meth:`temperature_of`, taken anew whenever the
             number of finished samples has doubled.
         temperature_share: see there; above 0.
+        selection_temperature: of the Boltzmann law of selection, in reward units, above 0; ``None``
+            for ``lambda``, as in the paper. Infinity looks at children evenly: the tree then grows
+            without a look at values, and soft values are unbiased (in ``exp(V / lambda)``) at any
+            size. Else they are so in the limit: what looks good is looked at again, what looks bad
+            by chance is not, and finite trees underrate.
         exploration: weight of the UCT bonus on soft values that are min-max normalised among
             siblings (the paper's is in units of its reward).
         widening_constant: a node may have ``widening_constant * visits ** widening_exponent``
@@ -68,6 +73,7 @@ class DTS:
     select: Selection = "boltzmann"
     temperature: float | None = None
     temperature_share: float = 0.1
+    selection_temperature: float | None = None
     exploration: float = 0.5
     widening_constant: float = 2.0
     widening_exponent: float = 0.8
@@ -81,7 +87,7 @@ class DTS:
             raise ConfigError(
                 f"select is {self.select!r}; give one of {', '.join(get_args(Selection))}."
             )
-        for name in ("temperature", "temperature_share"):
+        for name in ("temperature", "temperature_share", "selection_temperature"):
             given = getattr(self, name)
             if given is not None:
                 check_setting(name, given, 0)
@@ -207,7 +213,8 @@ class DTS:
         tree, rows = growth.problem.tree, list(siblings)
         worth = growth.values.of(rows)
         if self.select == "boltzmann":
-            return rows[boltzmann(worth, growth.values.temperature, growth.generator)]
+            temperature = self.selection_temperature or growth.values.temperature
+            return rows[boltzmann(worth, temperature, growth.generator)]
         scores = uct_scores(
             min_max(worth),
             tree.visit_count[rows],
