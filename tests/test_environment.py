@@ -444,9 +444,7 @@ def test_a_guidance_that_is_no_number_is_refused(unet: Any, vae: Any, wrong: flo
     environment = (world := World(unet, vae)).environment
     start = world.start(0)
     environment.denoise(start)
-    with pytest.raises(
-        ConfigError, match=r"a move is .*; give a finite number or None"
-    ):
+    with pytest.raises(ConfigError, match=r"a move is .*; give a finite number or None"):
         environment.step(start, [Action(1, None, wrong)], array(0))
 
 

@@ -181,6 +181,7 @@ class LatentEnvironment:
         """
         samples = self._evaluated(handles)
         scales = [None] * len(samples) if guidances is None else list(guidances)
+        found: list[tuple[Sample, float | None, float]] = []
         for scale in dict.fromkeys(scales):
             self._check_guidance(scale)
             wanted = [
@@ -192,8 +193,9 @@ class LatentEnvironment:
             for chunk, some in self._in_calls(list(fresh)):
                 clean = self._denoised_of(some, [scale] * len(some))
                 values += self._score(self._decode(clean, chunk, some, preview=True), chunk, fresh)
-            for sample, value in zip(fresh, values, strict=True):
-                sample.values[scale] = value
+            found += zip(fresh, [scale] * len(fresh), values, strict=True)
+        for sample, scale, value in found:
+            sample.values[scale] = value
         return np.array(
             [sample.values[scale] for sample, scale in zip(samples, scales, strict=True)],
             dtype=np.float64,

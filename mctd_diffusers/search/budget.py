@@ -88,11 +88,12 @@ class Account:
 
     def price(self, *, nfe: int = 0, values: int = 0, rewards: int = 0) -> Counts:
         """What so many evaluations, valued unfinished samples and scored finished ones spend."""
-        return (
-            Counts(nfe=nfe, rows=nfe * self.rows_per_nfe)
-            + self.value_spends * values
-            + self.reward_spends * rewards
-        )
+        price = Counts(nfe=nfe, rows=nfe * self.rows_per_nfe)
+        if values:
+            price += self.value_spends * values
+        if rewards:
+            price += self.reward_spends * rewards
+        return price
 
     def affords(self, counts: Counts) -> bool:
         """Whether ``counts`` can be spent on top of what is spent."""

@@ -9,6 +9,8 @@ embedded model, or SDXL.
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -69,13 +71,16 @@ class Counts:
     reward_calls: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Counts)))
+        return Counts(*map(operator.add, _all_of(self), _all_of(other)))
 
     def __sub__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(Counts)))
+        return Counts(*map(operator.sub, _all_of(self), _all_of(other)))
 
     def __mul__(self, times: int) -> Counts:
-        return Counts(*(getattr(self, f.name) * times for f in fields(Counts)))
+        return self if times == 1 else Counts(*(count * times for count in _all_of(self)))
+
+
+_all_of = operator.attrgetter(*(part.name for part in fields(Counts)))
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,8 @@ class Ledger:
 
     def charge(self, problems: Sequence[int] | Handles, each: Counts) -> None:
         """Add ``each`` once for every entry of ``problems``, to that image and to the total."""
-        for problem in problems:
-            key = int(problem)
-            self.by_problem[key] = self.by_problem.get(key, Counts()) + each
+        for problem, times in Counter(map(int, problems)).items():
+            self.by_problem[problem] = self.spent(problem) + each * times
         self.total = self.total + each * len(problems)
 
     def charge_shared(self, counts: Counts) -> None:

@@ -639,7 +639,8 @@ class _Queue:
             self._ledger.by_problem = before
             images = list(dict.fromkeys(leaf.image for leaf in leaves))
             if len(images) == 1:
-                logger.warning("the search of image %d ends: %s", images[0].problem.index, error)
+                if len(self._images) > 1:
+                    logger.warning("image %d is left out: %s", images[0].problem.index, error)
                 images[0].fail(error)
                 return [_FAILED] * len(leaves)
         # One image's trouble is not another's: each is asked for by itself.
@@ -688,8 +689,11 @@ def _call(environment: Environment, kind: type[Request], leaves: Sequence[_Leaf]
     result = _CALLS[kind](environment, leaves, sizes)
     if result is None:
         return [None] * len(leaves)
-    ends = np.cumsum(sizes).tolist()
-    return [result[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(result[start : start + size])
+        start += size
+    return parts
 
 
 def _joined(

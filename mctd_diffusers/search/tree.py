@@ -97,6 +97,7 @@ class Tree:
         self._capacity = 64
         for name, (dtype, fill) in _COLUMNS.items():
             setattr(self, f"_{name}", np.full(self._capacity, fill, dtype=dtype))
+        self._views: dict[str, npt.NDArray[Any]] = {}
         self._children: list[list[int]] = []
         self._node_of: dict[int, int] = {}
         self._issued: dict[tuple[int, int, int], int] = {}
@@ -121,95 +122,99 @@ class Tree:
     _evaluated: npt.NDArray[np.bool_]
     _live: npt.NDArray[np.bool_]
 
-    def _used(self, column: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        view = column[: self.num_nodes]
-        view.flags.writeable = False
+    def _view(self, name: str) -> npt.NDArray[Any]:
+        """Read-only view of a column's used rows, made once between two expansions."""
+        view = self._views.get(name)
+        if view is None:
+            column: npt.NDArray[Any] = getattr(self, f"_{name}")
+            view = self._views[name] = column[: self.num_nodes]
+            view.flags.writeable = False
         return view
 
     @property
     def parent(self) -> npt.NDArray[np.int64]:
         """``[num_nodes]`` rows of the parents; ``NO_PARENT`` for the root."""
-        return self._used(self._parent)
+        return self._view("parent")
 
     @property
     def handle(self) -> npt.NDArray[np.int64]:
         """``[num_nodes]`` the environment's ids; ``NO_HANDLE`` for the root."""
-        return self._used(self._handle)
+        return self._view("handle")
 
     @property
     def step_index(self) -> npt.NDArray[np.int64]:
         """``[num_nodes]`` positions in the schedule, 0 is noisiest; ``NO_STEP`` for the root."""
-        return self._used(self._step_index)
+        return self._view("step_index")
 
     @property
     def stride(self) -> npt.NDArray[np.int64]:
         """``[num_nodes]`` schedule steps crossed by the edge to each node; 0 if it is no step."""
-        return self._used(self._stride)
+        return self._view("stride")
 
     @property
     def eta(self) -> npt.NDArray[np.float64]:
         """``[num_nodes]`` share of fresh noise of the edges; NaN: as the user's own scheduler."""
-        return self._used(self._eta)
+        return self._view("eta")
 
     @property
     def guidance(self) -> npt.NDArray[np.float64]:
         """``[num_nodes]`` guidance scales of the edges; NaN: the call's own."""
-        return self._used(self._guidance)
+        return self._view("guidance")
 
     @property
     def seed(self) -> npt.NDArray[np.int64]:
         """``[num_nodes]`` seeds of the edges; ``FIRST_DRAW`` for the noise that came along."""
-        return self._used(self._seed)
+        return self._view("seed")
 
     @property
     def move(self) -> npt.NDArray[np.int64]:
         """``[num_nodes]`` ``DRAW``, ``STEP``, ``RENOISE`` or ``PERTURB``; 0 for the root."""
-        return self._used(self._move)
+        return self._view("move")
 
     @property
     def depth(self) -> npt.NDArray[np.int64]:
         """``[num_nodes]`` edges from the root."""
-        return self._used(self._depth)
+        return self._view("depth")
 
     @property
     def visit_count(self) -> npt.NDArray[np.int64]:
         """``[num_nodes]`` backups through each node."""
-        return self._used(self._visit_count)
+        return self._view("visit_count")
 
     @property
     def in_flight(self) -> npt.NDArray[np.int64]:
         """``[num_nodes]`` virtual visits: simulations under way through each node."""
-        return self._used(self._in_flight)
+        return self._view("in_flight")
 
     @property
     def total_value(self) -> npt.NDArray[np.float64]:
         """``[num_nodes]`` sums of the values backed up, in reward units."""
-        return self._used(self._total_value)
+        return self._view("total_value")
 
     @property
     def max_value(self) -> npt.NDArray[np.float64]:
         """``[num_nodes]`` greatest value backed up; ``-inf`` until the first."""
-        return self._used(self._max_value)
+        return self._view("max_value")
 
     @property
     def value(self) -> npt.NDArray[np.float64]:
         """``[num_nodes]`` own estimates in reward units; NaN until valued."""
-        return self._used(self._value)
+        return self._view("value")
 
     @property
     def reward(self) -> npt.NDArray[np.float64]:
         """``[num_nodes]`` scores of finished samples; NaN until scored."""
-        return self._used(self._reward)
+        return self._view("reward")
 
     @property
     def evaluated(self) -> npt.NDArray[np.bool_]:
         """``[num_nodes]`` whether the node's one network call is made."""
-        return self._used(self._evaluated)
+        return self._view("evaluated")
 
     @property
     def live(self) -> npt.NDArray[np.bool_]:
         """``[num_nodes]`` False once pruned."""
-        return self._used(self._live)
+        return self._view("live")
 
     def children(self, node: int) -> tuple[int, ...]:
         """Rows of a node's children, in the order of their expansion."""
@@ -252,6 +257,7 @@ def _append(tree: Tree, parent: int, **entries: Any) -> int:
             grown = np.full(tree._capacity, fill, dtype=dtype)
             grown[:node] = getattr(tree, f"_{name}")
             setattr(tree, f"_{name}", grown)
+    tree._views.clear()
     tree._parent[node] = parent
     for name, entry in entries.items():
         getattr(tree, f"_{name}")[node] = entry
@@ -394,11 +400,10 @@ def ancestor_at(tree: Tree, node: int, step_index: int) -> int:
 def subtree(tree: Tree, node: int) -> Nodes:
     """Rows of ``node`` and all its descendants, in the order of their expansion."""
     tree._check(node)
-    inside = np.zeros(tree.num_nodes, dtype=np.bool_)
-    inside[node] = True
-    for row in range(node + 1, tree.num_nodes):  # a parent comes before its children
-        inside[row] = inside[tree._parent[row]]
-    return np.flatnonzero(inside)
+    rows = [node]
+    for row in rows:  # grows while it is read
+        rows.extend(tree._children[row])
+    return np.sort(np.array(rows, dtype=np.int64))
 
 
 def reroot(tree: Tree, node: int) -> Tree:
@@ -453,6 +458,7 @@ def _from_columns(
     root_seed: int, columns: dict[str, npt.NDArray[Any]], issued: dict[tuple[int, int, int], int]
 ) -> Tree:
     tree = Tree(root_seed)
+    tree._views.clear()
     tree.num_nodes = len(columns["parent"])
     tree._capacity = max(64, tree.num_nodes)
     for name, (dtype, fill) in _COLUMNS.items():
