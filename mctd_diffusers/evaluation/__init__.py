@@ -7,6 +7,7 @@
 - `metrics`: intervals over prompts, distances, diversity.
 - `model_report`: what a model draws by itself (``mctd evaluate-model``).
 - `benchmark`: methods against each other at equal NFE and at equal cost (``mctd bench``).
+- `diagnosis`: where a search falls short: model, reward or search (``mctd diagnose``).
 - `ground_truth`: mixtures in closed form: score, values, transitions, what a reward tilts them to.
 - `mixture_environment`: a search's world over them; `mixture_worlds`: problems to compare it on.
 """

@@ -24,6 +24,8 @@ from mctd_diffusers.evaluation.diagnosis.terms import Level, Regret, Scores
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.results import MCTDPipelineOutput
 from mctd_diffusers.search.environment import Counts
+from mctd_diffusers.search.runner import Strategy
+from mctd_diffusers.search.strategies import BestOfN
 from tests.pipelines import tiny
 
 PROMPTS = ["two cats", "a red car"]
@@ -39,7 +41,9 @@ def pipe() -> MCTDPipeline:
     return MCTDPipeline.from_pipe(tiny.make_stock(), reward_model=tiny.redness)
 
 
-def call(pipe: MCTDPipeline, search: str = "mctd", **arguments: Any) -> MCTDPipelineOutput:
+def call(
+    pipe: MCTDPipeline, search: str | Strategy = "mctd", **arguments: Any
+) -> MCTDPipelineOutput:
     settings: dict[str, Any] = {
         "num_inference_steps": 4,
         "compute": 4,
@@ -113,6 +117,25 @@ def test_a_saved_call_is_diagnosed_as_one_in_memory(pipe: MCTDPipeline, saved: A
     assert {path: path.read_bytes() for path in folder.iterdir()} == files
     (first,) = diagnose_saved(pipe, folder, gold=blueness, effort=EFFORT, top_gold=2.0, limit=1)
     assert_same(first, from_folder[0])
+
+
+def test_a_search_that_is_under_way_is_diagnosed_as_far_as_it_has_come(
+    pipe: MCTDPipeline, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def impatient(images: torch.Tensor, prompts: list[str]) -> list[float]:
+        asked.extend(prompts)
+        if len(asked) > 8:
+            raise KeyboardInterrupt
+        return tiny.redness(images, prompts)
+
+    output = call(
+        pipe, BestOfN(wave_size=1), compute=8, reward_model=impatient, save_to=tmp_path / "search"
+    )
+    assert output.search[0].stop_reason == "interrupted"
+    found = diagnose_saved(pipe, tmp_path / "search", gold=blueness, effort=EFFORT)
+    assert [one.winner.proxy for one in found] == pytest.approx(output.rewards, rel=1e-5)
 
 
 def test_an_interrupted_diagnosis_returns_what_is_done(pipe: MCTDPipeline, saved: Any) -> None:
@@ -203,9 +226,9 @@ def test_a_report_adds_up_and_names_the_level() -> None:
     text = report_text(diagnoses)
     assert "| = shortfall" in text
     assert "The largest term is the reward's error" in text
-    assert "Paths go wrong at steps 5-8 (noise level 0.62 to 0.56)" in text
-    assert "by gold, not by the reward" in text
-    assert "step 6 (+0.15, noise 0.62)" in text
+    assert "Paths go wrong most at steps 5-8 (noise level 0.62 to 0.56)" in text
+    assert "which the reward of their continuations does not tell" in text
+    assert "step 6 (+0.150, noise 0.62)" in text
     assert "600 NFE and 12 s" in text
 
 
@@ -219,10 +242,15 @@ def test_a_report_says_where_nothing_stands_out() -> None:
 
 
 def test_a_small_regret_is_not_worth_a_name_however_sure_it_is() -> None:
-    one = replace(diagnosis(), levels=(level(4, 0.02, 0.0),))
-    assert one.shortfall == pytest.approx(0.3)
+    one = replace(diagnosis(), levels=(level(4, 0.02, 0.0), level(8, 0.9, 0.8)))
+    assert one.least_regret == pytest.approx(0.1 * 0.3)
     assert one.went_wrong is None
-    assert replace(one, levels=(level(4, 0.04, 0.0),)).went_wrong is not None
+    sure = replace(one, levels=(level(4, 0.04, 0.0), level(8, 0.9, 0.8)))
+    assert sure.went_wrong is sure.levels[0]
+    # Where the winner lacks next to nothing, what selection can give at most is the measure.
+    good = replace(sure, winner=Scores(30.0, 0.999), best=Scores(29.0, 1.0), mean=Scores(28.0, 0.5))
+    assert good.least_regret == pytest.approx(0.05)
+    assert good.went_wrong is None
 
 
 def test_regret_is_told_apart_by_whether_the_reward_was_reached() -> None:
@@ -256,4 +284,4 @@ def test_without_a_greatest_gold_the_best_of_the_pool_stands_for_it() -> None:
     assert one.ceiling == 0
     assert one.shortfall == pytest.approx(0.9 - 0.7)
     assert np.isclose(one.reward_error + one.regret, one.shortfall)
-    assert "gold of the pool's best" in report_text([one])
+    assert "shortfall from the pool's best" in report_text([one])

@@ -29,7 +29,8 @@ class Stage(NamedTuple):
         prompts: of so many prompts.
         proxy: mean regret by proxy over these prompts.
         gold: the same by gold.
-        stands_out: whether the regret by gold is above 0, corrected for the number of stages.
+        stands_out: whether the regret by gold is above 0, corrected for the number of stages, and
+            worth a name (`Diagnosis.least_regret`).
     """
 
     label: str
@@ -73,9 +74,9 @@ class Summary:
 
     @property
     def went_wrong(self) -> Stage | None:
-        """The stage of the greatest regret by gold, if it stands out."""
-        worst = max(self.stages, key=lambda stage: stage.gold.mean, default=None)
-        return worst if worst is not None and worst.stands_out else None
+        """The stage of the greatest regret by gold, of those that stand out."""
+        outstanding = [stage for stage in self.stages if stage.stands_out]
+        return max(outstanding, key=lambda stage: stage.gold.mean, default=None)
 
 
 def summarise(diagnoses: Sequence[Diagnosis]) -> Summary:
@@ -115,6 +116,7 @@ def _stages(diagnoses: Sequence[Diagnosis]) -> tuple[Stage, ...]:
         for part, levels in own.items():
             found.setdefault(part, []).append(levels)
     tail = (1 - CONFIDENCE) / max(len(found), 1)
+    least = np.mean([diagnosis.least_regret for diagnosis in diagnoses])
     stages = []
     for part, prompts in sorted(found.items()):
         gold = _means(prompts, lambda level: level.gold.mean)
@@ -128,7 +130,9 @@ def _stages(diagnoses: Sequence[Diagnosis]) -> tuple[Stage, ...]:
                 proxy=bootstrap_mean(_means(prompts, lambda level: level.proxy.mean)),
                 gold=bootstrap_mean(gold),
                 # Of one prompt alone the bootstrap knows no spread.
-                stands_out=len(gold) > 1 and bootstrap_mean(gold, confidence=1 - tail).low > 0,
+                stands_out=len(gold) > 1
+                and bool(gold.mean() >= least)
+                and bootstrap_mean(gold, confidence=1 - tail).low > 0,
             )
         )
     return tuple(stages)
@@ -228,7 +232,7 @@ def _sum_table(summary: Summary, *, top_is_known: bool) -> str:
         share = f"{interval.mean / total:.0%}" if total > 0 else "-"
         return [name, _signed(interval), share]
 
-    top = "greatest possible gold" if top_is_known else "gold of the pool's best"
+    top = "the greatest possible gold" if top_is_known else "the pool's best"
     missed = f"{summary.missed:.0%} of prompts"
     return _table(
         ["mean over prompts", "gold", "share"],
@@ -236,11 +240,11 @@ def _sum_table(summary: Summary, *, top_is_known: bool) -> str:
             row("model's ceiling", summary.ceiling),
             row("+ reward's error", summary.reward_error),
             row("+ search's regret", summary.regret),
-            row(f"  where it missed reward ({missed})", summary.regret_missed),
-            row("  where it reached the reward", summary.regret_reached),
-            row("= shortfall", summary.shortfall),
-            [f"{top} less the shortfall: the winner", _plain(summary.winner), ""],
-            ["a plain sample", _plain(summary.plain), ""],
+            row(f"of which: less reward found than in the pool ({missed})", summary.regret_missed),
+            row("of which: as much reward or more", summary.regret_reached),
+            row(f"= shortfall from {top}", summary.shortfall),
+            ["winner", _plain(summary.winner), ""],
+            ["plain sample", _plain(summary.plain), ""],
         ],
     )
 
@@ -285,9 +289,13 @@ def _stage_table(summary: Summary) -> str:
                 str(stage.prompts),
                 _signed(stage.proxy),
                 _signed(stage.gold),
+                "yes" if stage.stands_out else "no",
             ]
         )
-    head = ["choices at", "noise level", "choices", "prompts", "regret by reward", "regret by gold"]
+    head = [
+        "choices at", "noise level", "choices", "prompts", "regret by reward", "regret by gold",
+        "stands out",
+    ]  # fmt: skip
     return _table(head, rows)
 
 
@@ -299,10 +307,17 @@ def _stage_verdict(summary: Summary) -> str:
             "No level stands out: better siblings were not passed over more than chance explains."
         )
     at = "the initial noise" if stage.label == "initial noise" else stage.label
-    why = "also by the reward" if stage.proxy.low > 0 else "by gold, not by the reward"
+    why = (
+        "and the reward of their continuations says so too: the search judged too early or too few"
+        if stage.proxy.low > 0
+        else "which the reward of their continuations does not tell"
+    )
     high, low = stage.noise_levels
     noise = f"{high:.2f}" if high == low else f"{high:.2f} to {low:.2f}"
-    return f"Paths go wrong at {at} (noise level {noise}): better siblings were passed over, {why}."
+    return (
+        f"Paths go wrong most at {at} (noise level {noise}): better siblings were passed over, "
+        f"{why}."
+    )
 
 
 def _prompt_table(diagnoses: Sequence[Diagnosis]) -> str:
@@ -313,7 +328,7 @@ def _prompt_table(diagnoses: Sequence[Diagnosis]) -> str:
         where = "-"
         if level is not None:
             place = "noise" if level.step_index == 0 else f"step {level.step_index}"
-            where = f"{place} ({level.gold.mean:+.2f}, noise {level.noise_level:.2f})"
+            where = f"{place} ({level.gold.mean:+.3f}, noise {level.noise_level:.2f})"
         rows.append(
             [
                 _shortened(diagnosis.prompt),

@@ -17,7 +17,7 @@ from mctd_diffusers.search.settings import check_setting
 
 CONFIDENCE: Final = 0.95
 _HALVES_CORRELATION: Final = 0.36  # E[max of n normals]^2 / (n - 1), which is greatest for n = 3
-_LEAST_SHARE: Final = 0.1  # of the shortfall, for a level to be worth naming
+_LEAST_SHARE: Final = 0.1  # of what is at stake, for a regret to be worth a name
 
 
 @dataclass(frozen=True)
@@ -190,20 +190,31 @@ class Diagnosis:
         )
 
     @property
-    def went_wrong(self) -> Level | None:
-        """The level of the greatest regret by gold, if it stands out; else ``None``.
+    def least_regret(self) -> float:
+        """Regret by gold that is worth a name.
 
-        It stands out where its interval lies above 0, though it was picked as the greatest of all
-        levels (Bonferroni), and it is at least a tenth of the shortfall.
+        A tenth of the shortfall, and of what the best of the pool is above its mean, the most that
+        selection can give.
         """
-        worst = max(self.levels, key=lambda level: level.gold.mean, default=None)
-        if worst is None or worst.gold.mean < _LEAST_SHARE * self.shortfall:
-            return None
-        return worst if stands_out(worst.gold, len(self.levels)) else None
+        return _LEAST_SHARE * max(self.shortfall, self.best.gold - self.mean.gold)
+
+    @property
+    def went_wrong(self) -> Level | None:
+        """The level of the greatest regret by gold, of those that stand out; ``None`` if none does.
+
+        A level stands out where its interval lies above 0 though it is one of several (Bonferroni),
+        and its regret is worth a name.
+        """
+        outstanding = [
+            level
+            for level in self.levels
+            if stands_out(level.gold, len(self.levels)) and level.gold.mean >= self.least_regret
+        ]
+        return max(outstanding, key=lambda level: level.gold.mean, default=None)
 
 
 def stands_out(regret: Regret, levels: int) -> bool:
-    """Whether a regret is above 0, though the greatest of so many is looked at (Bonferroni)."""
+    """Whether a regret is above 0, though one of so many is looked for (Bonferroni)."""
     return regret.interval(1 - (1 - CONFIDENCE) / levels).low > 0
 
 
