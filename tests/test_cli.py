@@ -301,6 +301,11 @@ def test_a_search_with_settings_is_read() -> None:
     assert searches[0][1].strides == (1, 2)
     assert cli.parse_search("best_of_n:n=None")[1].n is None
     assert cli.parse_search("mctd:backup=soft:temperature=2")[1].backup == "soft"
+    textbook = cli.parse_search("textbook_mctd:guidances=(0.5,None,1)")[1]
+    assert textbook.guidances == (0.5, None, 1)
+    assert cli.parse_search("dts*:branch_levels=(1,0.5)")[1].branch_levels == (1, 0.5)
+    with pytest.raises(ConfigError, match=r"give numbers in brackets"):
+        cli.parse_search("dts*:branch_levels=(1,None)")
     assert cli.parse_searches("none, best_of_n") == [("none", None), ("best_of_n", "best_of_n")]
 
 

@@ -157,10 +157,10 @@ def _read_setting(text: str, kind: Any) -> Any:
         value = text
     choices = typing.get_args(kind) or (kind,)
     if typing.get_origin(kind) is tuple:
-        parts = {int, float} if float in choices else {int}
-        fits = isinstance(value, tuple) and all(type(part) in parts for part in value)
+        part_kinds = {*(typing.get_args(choices[0]) or choices[:1]), int}
+        fits = isinstance(value, tuple) and all(type(part) in part_kinds for part in value)
         wanted = "whole numbers in brackets, such as (1,2)"
-        if float in parts:
+        if float in part_kinds:
             wanted = "numbers in brackets, such as (1,2.5)"
     elif bool in choices:
         fits, wanted = isinstance(value, bool), "True or False"
