@@ -372,11 +372,13 @@ def _size(request: Request) -> int:
 class _Leaf:
     """A pending request of one image, and in the end its reply."""
 
-    __slots__ = ("image", "reply", "request")
+    __slots__ = ("image", "kind", "reply", "request", "size")
 
     def __init__(self, image: _Image, request: Request) -> None:
         self.image = image
         self.request: Any = request
+        self.kind = type(request)
+        self.size = _size(request)
         self.reply: Reply | None = None
 
 
@@ -397,6 +399,11 @@ class _Image:
         self._open: list[_Leaf] = []
         self._num_open = 0
         self._stop_reason: StopReason | None = None
+
+    def spent(self, ledger: Ledger) -> Counts:
+        """Useful work since the search began."""
+        spent = ledger.spent(self.problem.index)
+        return spent - self.before if self.before.rows else spent
 
     def start(self) -> list[_Leaf]:
         """Run up to the first requests."""
@@ -472,13 +479,12 @@ class _Image:
     def _check_affordable(self) -> None:
         nfe = values = rewards = 0
         for leaf in self._open:
-            request = leaf.request
-            if isinstance(request, Denoise):
-                nfe += len(request.handles)
-            elif isinstance(request, Value):
-                values += len(request.handles)
-            elif isinstance(request, Reward):
-                rewards += len(request.handles)
+            if leaf.kind is Denoise:
+                nfe += leaf.size
+            elif leaf.kind is Value:
+                values += leaf.size
+            elif leaf.kind is Reward:
+                rewards += leaf.size
         account = self.problem.account
         if (nfe or values or rewards) and not account.affords(
             account.price(nfe=nfe, values=values, rewards=rewards)
@@ -568,7 +574,7 @@ class _Queue:
                 self._aside.setdefault(leaf.image, []).append(leaf)
         if None in replies:
             self._put_aside()
-        return sum(_size(leaf.request) for leaf in leaves), is_new
+        return sum(leaf.size for leaf in leaves), is_new
 
     @property
     def _log_is_read(self) -> bool:
@@ -577,10 +583,9 @@ class _Queue:
     def _add(self, leaves: Iterable[_Leaf]) -> None:
         """Append pending requests."""
         for leaf in leaves:
-            kind = type(leaf.request)
-            self._leaves[kind].append(leaf)
-            if kind in self._num_samples:
-                self._num_samples[kind] += _size(leaf.request)
+            self._leaves[leaf.kind].append(leaf)
+            if leaf.kind in self._num_samples:
+                self._num_samples[leaf.kind] += leaf.size
 
     def _replace_leaves(self, leaves: Iterable[_Leaf]) -> None:
         """Let other requests be pending than before."""
@@ -607,10 +612,7 @@ class _Queue:
     def _ask(self, kind: type[Request], leaves: list[_Leaf]) -> list[Reply | None]:
         """Replies of the environment, and the log's next entry; ``None`` where an image failed."""
         results = self._results(kind, leaves)
-        spent = {leaf.image: self._ledger.spent(leaf.image.problem.index) for leaf in leaves}
-        for image, counts in spent.items():
-            if image.before.rows:
-                spent[image] = counts - image.before
+        spent = {leaf.image: leaf.image.spent(self._ledger) for leaf in leaves}
         if self._is_logged and any(result is not _FAILED for result in results):
             self.log.answers.append(
                 Answer(
@@ -667,9 +669,9 @@ class _Queue:
             if not is_answered:
                 replies.append(None)
                 continue
-            size = _size(leaf.request)
-            result = None if kind in _WITHOUT_RESULT else entry.result[offset : offset + size]
-            offset += size
+            end = offset + leaf.size
+            result = None if kind in _WITHOUT_RESULT else entry.result[offset:end]
+            offset = end
             spent = counts_of(row)
             self._ledger.by_problem[leaf.image.problem.index] = leaf.image.before + spent
             replies.append(Reply(result, spent))
@@ -685,7 +687,7 @@ _WITHOUT_RESULT: Final = (Denoise, Release)
 
 def _call(environment: Environment, kind: type[Request], leaves: Sequence[_Leaf]) -> list[Any]:
     """One call for requests of a kind; returns the part of each."""
-    sizes = [_size(leaf.request) for leaf in leaves]
+    sizes = [leaf.size for leaf in leaves]
     result = _CALLS[kind](environment, leaves, sizes)
     if result is None:
         return [None] * len(leaves)
