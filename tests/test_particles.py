@@ -10,9 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from mctd_diffusers.search.particles import ess, log_mean_weight, normalised_weights, systematic
 
-log_weights = arrays(
-    np.float64, st.integers(1, 40), elements=st.floats(-50, 50, allow_nan=False)
-)
+log_weights = arrays(np.float64, st.integers(1, 40), elements=st.floats(-50, 50, allow_nan=False))
 uniforms = st.floats(0, 1, exclude_max=True)
 
 
