@@ -132,6 +132,11 @@ def search_in_processes(
     taken = sorted({"prompt", "generator", "output_type", "return_dict"} & set(call))
     if taken:
         raise ConfigError(f"{', '.join(taken)} are set by search_in_processes: leave them out")
+    if call.get("save_to") is not None:
+        raise ConfigError(
+            "save_to saves the search of one call, and there are several here: use `mctd generate "
+            "--save-to`, or call the pipeline for what `my_share` gives this process"
+        )
     if together < 1:
         raise ConfigError(f"together={together}: give a whole number of at least 1")
     state = process_state()

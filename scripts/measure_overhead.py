@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mctd_diffusers.commands.common import parse_searches
 from mctd_diffusers.search.budget import Budget
 from mctd_diffusers.search.environment import Action, Counts, Handles, Ledger, Seeds, Values
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.runner import Strategy, run_search
-from mctd_diffusers.search.strategies import STRATEGIES
+from mctd_diffusers.search.strategies import STRATEGIES, resolve_strategy
 
 ROWS_PER_NFE = 2
 
@@ -179,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nodes", type=int, default=10_000, help="evaluated nodes of one image")
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--search", default=",".join(STRATEGIES), help="names, commas between")
+    parser.add_argument("--search", default=",".join(STRATEGIES), help="as `mctd bench` takes them")
     parser.add_argument(
         "--computes", default="2,8,16", help="budgets of eight prompts, in plain samples"
     )
@@ -189,12 +190,12 @@ def main() -> None:
     where = "measured" if options.model else "assumed"
     print(f"a row of the model in the box: {1e3 * row:.2f} ms ({where}); an NFE has two")
     print(
-        f"{'search':<16}{'nodes':>8}{'us a node':>11}{'% of model':>12}{'at a tenth':>12}"
+        f"{'search':<18}{'nodes':>8}{'us a node':>11}{'% of model':>12}{'at a tenth':>12}"
         f"{'bytes a node':>14}{'useful rows of 8 prompts, %':>29}"
     )
     few = max(options.nodes // 10, 2 * options.steps)
-    for name in options.search.split(","):
-        strategy = STRATEGIES[name]()
+    for name, search in parse_searches(options.search):
+        strategy = resolve_strategy(search)
         sizes = {"num_steps": options.steps, "rows_per_call": 8}
         many = run(strategy, images=1, nfe=options.nodes, memory=False, **sizes)
         small = run(strategy, images=1, nfe=few, memory=False, **sizes)
@@ -206,7 +207,7 @@ def main() -> None:
         each = many.seconds / many.nodes
         useful = " ".join(f"{100 * share:5.1f}" for share in shared)
         print(
-            f"{name:<16}{many.nodes:>8}{1e6 * each:>11.1f}"
+            f"{name:<18}{many.nodes:>8}{1e6 * each:>11.1f}"
             f"{100 * each / (ROWS_PER_NFE * row):>12.2f}{1e6 * small.seconds / small.nodes:>12.1f}"
             f"{kept.peak / many.nodes:>14.0f}{useful:>29}"
         )

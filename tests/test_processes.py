@@ -123,6 +123,8 @@ def test_what_the_helper_sets_itself_is_refused(model: Path) -> None:
     pipe = MCTDPipeline.from_pretrained(model)
     with pytest.raises(ConfigError, match="generator, output_type are set by search_in_processes"):
         search_in_processes(pipe, ["a"], generator=None, output_type="pt")
+    with pytest.raises(ConfigError, match="save_to saves the search of one call"):
+        search_in_processes(pipe, ["a"], save_to="folder")
     with pytest.raises(ConfigError, match="together=0"):
         search_in_processes(pipe, ["a"], together=0)
 
