@@ -21,7 +21,14 @@ from mctd_diffusers.search.moves import draw, finish_plainly
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.runner import SearchResult, Strategy, Wave, rebuild, run_search
 from mctd_diffusers.search.saving import has_saved_search, load_search, save_search
-from mctd_diffusers.search.strategies import MCTD, Beam, BestOfN
+from mctd_diffusers.search.strategies import (
+    MCTD,
+    PRESETS,
+    STRATEGIES,
+    Beam,
+    BestOfN,
+    resolve_strategy,
+)
 from mctd_diffusers.search.tree import prune, to_json
 from tests.strategies import searches
 from tests.test_runner import Clock, Custom
@@ -101,7 +108,7 @@ def assert_same_search(ones: Sequence[SearchResult], others: Sequence[SearchResu
 # ---- stopped and resumed
 
 
-@settings(max_examples=12)
+@settings(max_examples=30)
 @given(searches, st.integers(4, 30), st.integers(1, 12), st.integers(1, 6))
 def test_a_search_stopped_at_any_wave_goes_on_as_if_never_stopped(
     tmp_path_factory: pytest.TempPathFactory,
@@ -355,6 +362,32 @@ def test_a_strategy_of_ones_own_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'custom' is a strategy of your own"):
         load_search(tmp_path)
     assert load_search(tmp_path, strategy=strategy).results()[0].best is not None
+
+
+@pytest.mark.parametrize("name", [*STRATEGIES, *PRESETS])
+def test_every_search_of_the_box_comes_back_with_its_settings(tmp_path: Path, name: str) -> None:
+    strategy = resolve_strategy(name)
+    save(tmp_path, strategy, small_environment(1, STEPS), [], SearchLog())
+    assert load_search(tmp_path).strategy == strategy
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path: Path) -> None:
+    def save_call(call: dict[str, Any]) -> None:
+        save_search(
+            tmp_path,
+            strategy=MCTD(),
+            problems=[],
+            log=SearchLog(),
+            stop_reasons=[],
+            call=call,
+            write_samples=lambda path: path.write_bytes(b""),
+        )
+
+    save_call({"width": np.int64(16), "scale": np.float32(0.5)})
+    assert load_search(tmp_path).call == {"width": 16, "scale": 0.5}
+    with pytest.raises(TypeError, match="is no plain data"):
+        save_call({"width": object()})
+    assert load_search(tmp_path).call == {"width": 16, "scale": 0.5}
 
 
 @pytest.mark.parametrize("other", [Beam(), MCTD(exploration=2.0, wave_size=1), BestOfN()])

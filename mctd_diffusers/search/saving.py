@@ -116,7 +116,7 @@ def save_search(
     }
     new = folder / f"{INDEX}.new"
     with new.open("w", encoding="utf-8") as file:
-        json.dump(index, file, indent=1)
+        json.dump(index, file, indent=1, default=_as_python)
         _flush(file)
     new.replace(folder / INDEX)
     for name in before.get("files", {}).values():
@@ -226,6 +226,13 @@ def _index_of(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return index
+
+
+def _as_python(number: Any) -> Any:
+    """The Python number of one of numpy's, which JSON does not know."""
+    if isinstance(number, np.generic):
+        return number.item()
+    raise TypeError(f"{number!r} is no plain data")
 
 
 def _flush(file: Any) -> None:
