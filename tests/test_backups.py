@@ -16,28 +16,9 @@ from mctd_diffusers.search.backups import (
     soft_backup,
     soft_values,
 )
-from mctd_diffusers.search.tree import DRAW, ROOT, STEP, Tree, add_child, backup
+from mctd_diffusers.search.tree import ROOT, STEP, Tree, add_child, backup
 from tests.strategies import trees
-
-
-def two_levels() -> tuple[Tree, list[int]]:
-    """A root with two children; the first has two leaves, the second one."""
-    tree = Tree(1)
-    nodes = []
-    for handle, parent in enumerate((0, 0, 1, 1, 2)):
-        nodes.append(
-            add_child(
-                tree,
-                parent,
-                handle=handle,
-                step_index=0 if parent == ROOT else 1,
-                move=DRAW if parent == ROOT else STEP,
-                stride=0 if parent == ROOT else 1,
-                eta=None,
-                seed=0,
-            )
-        )
-    return tree, nodes
+from tests.toys import two_levels
 
 
 def test_mean_max_and_soft_of_a_small_tree() -> None:

@@ -8,26 +8,13 @@ import pytest
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.sampling import sample_from_tree
 from mctd_diffusers.search.strategies import DTS
-from mctd_diffusers.search.tree import DRAW, ROOT, STEP, Tree, add_child, backup
-from tests.toys import search, small_environment
+from mctd_diffusers.search.tree import Tree, backup
+from tests.toys import search, small_environment, two_levels
 
 
 def small_tree() -> tuple[Tree, list[int]]:
     """Two noises; below the first, two leaves of rewards 0 and 1, below the second one of 2."""
-    tree = Tree(1)
-    nodes = [
-        add_child(
-            tree,
-            parent,
-            handle=handle,
-            step_index=0 if parent == ROOT else 1,
-            move=DRAW if parent == ROOT else STEP,
-            stride=0 if parent == ROOT else 1,
-            eta=None,
-            seed=0,
-        )
-        for handle, parent in enumerate((0, 0, 1, 1, 2))
-    ]
+    tree, nodes = two_levels()
     for leaf, value in zip(nodes[2:], (0.0, 1.0, 2.0), strict=True):
         backup(tree, leaf, value)
     return tree, nodes[2:]

@@ -13,6 +13,7 @@ from mctd_diffusers.search.budget import Budget
 from mctd_diffusers.search.environment import Action, Handles, Prices, Seeds, Values
 from mctd_diffusers.search.runner import Problem, SearchResult, Strategy, run_search
 from mctd_diffusers.search.seeding import root_seed_of
+from mctd_diffusers.search.tree import DRAW, ROOT, STEP, Tree, add_child
 
 Guidances = Sequence[float | None] | None
 PRICES = Prices(decode=1.5, preview=0.25, reward_call=0.125)
@@ -79,6 +80,26 @@ def search(
 ) -> list[SearchResult]:
     """Search all problems of an environment with one budget."""
     return run_search(strategy, environment, problems_of(environment, Budget(nfe=nfe, cost=cost)))
+
+
+def two_levels() -> tuple[Tree, list[int]]:
+    """A root with two children; the first has two leaves, the second one."""
+    tree = Tree(1)
+    nodes = []
+    for handle, parent in enumerate((0, 0, 1, 1, 2)):
+        nodes.append(
+            add_child(
+                tree,
+                parent,
+                handle=handle,
+                step_index=0 if parent == ROOT else 1,
+                move=DRAW if parent == ROOT else STEP,
+                stride=0 if parent == ROOT else 1,
+                eta=None,
+                seed=0,
+            )
+        )
+    return tree, nodes
 
 
 def linear_gaussian(num_problems: int, num_steps: int) -> MixtureEnvironment:

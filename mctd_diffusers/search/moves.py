@@ -33,6 +33,7 @@ from mctd_diffusers.search.tree import (
     RENOISE,
     ROOT,
     STEP,
+    Tree,
     add_child,
     backup,
     issue_seeds,
@@ -54,19 +55,9 @@ def draw(problem: Problem, count: int) -> Asks:
     """Draw ``count`` initial noises; returns their nodes. A search's first is the problem's own."""
     seeds = issue_seeds(problem.tree, ROOT, move=DRAW, stride=0, count=count)
     reply: Reply = yield Reset(np.array(seeds, dtype=np.int64))
-    return [
-        add_child(
-            problem.tree,
-            ROOT,
-            handle=handle,
-            step_index=0,
-            move=DRAW,
-            stride=0,
-            eta=None,
-            seed=seed,
-        )
-        for handle, seed in zip(reply.result.tolist(), seeds, strict=True)
-    ]
+    return _add_children(
+        problem.tree, [ROOT] * count, reply, seeds, step_indices=[0] * count, move=DRAW
+    )
 
 
 def step(
@@ -100,23 +91,17 @@ def step(
         (Action(stride, eta, guidance),) * len(parents),
         np.array(seeds, dtype=np.int64),
     )
-    targets = (tree.step_index[parents] + stride).tolist()
-    return [
-        add_child(
-            tree,
-            parent,
-            handle=handle,
-            step_index=target,
-            move=STEP,
-            stride=stride,
-            eta=eta,
-            guidance=guidance,
-            seed=seed,
-        )
-        for parent, handle, target, seed in zip(
-            parents, reply.result.tolist(), targets, seeds, strict=True
-        )
-    ]
+    return _add_children(
+        tree,
+        parents,
+        reply,
+        seeds,
+        step_indices=(tree.step_index[parents] + stride).tolist(),
+        move=STEP,
+        stride=stride,
+        eta=eta,
+        guidance=guidance,
+    )
 
 
 def check_guidance(problem: Problem, guidance: float | None) -> None:
@@ -153,19 +138,15 @@ def perturb(problem: Problem, nodes: Sequence[int], *, strength: float) -> Asks:
     tree = problem.tree
     seeds = [issue_seeds(tree, node, move=PERTURB, stride=0, count=1)[0] for node in nodes]
     reply: Reply = yield Perturb(tree.handle[nodes], strength, np.array(seeds, dtype=np.int64))
-    return [
-        add_child(
-            tree,
-            node,
-            handle=handle,
-            step_index=int(tree.step_index[node]),
-            move=PERTURB,
-            stride=0,
-            eta=strength,
-            seed=seed,
-        )
-        for node, handle, seed in zip(nodes, reply.result.tolist(), seeds, strict=True)
-    ]
+    return _add_children(
+        tree,
+        nodes,
+        reply,
+        seeds,
+        step_indices=tree.step_index[nodes].tolist(),
+        move=PERTURB,
+        eta=strength,
+    )
 
 
 def renoise(problem: Problem, nodes: Sequence[int], *, step_index: int) -> Asks:
@@ -182,18 +163,39 @@ def renoise(problem: Problem, nodes: Sequence[int], *, step_index: int) -> Asks:
     tree = problem.tree
     seeds = [issue_seeds(tree, node, move=RENOISE, stride=0, count=1)[0] for node in nodes]
     reply: Reply = yield Renoise(tree.handle[nodes], step_index, np.array(seeds, dtype=np.int64))
+    return _add_children(
+        tree, nodes, reply, seeds, step_indices=[step_index] * len(nodes), move=RENOISE
+    )
+
+
+def _add_children(
+    tree: Tree,
+    parents: Sequence[int],
+    reply: Reply,
+    seeds: Sequence[int],
+    *,
+    step_indices: Sequence[int],
+    move: int,
+    stride: int = 0,
+    eta: float | None = None,
+    guidance: float | None = None,
+) -> list[int]:
+    """Note the samples that a reply names, one below each of ``parents``; returns their rows."""
     return [
         add_child(
             tree,
-            node,
+            parent,
             handle=handle,
             step_index=step_index,
-            move=RENOISE,
-            stride=0,
-            eta=None,
+            move=move,
+            stride=stride,
+            eta=eta,
+            guidance=guidance,
             seed=seed,
         )
-        for node, handle, seed in zip(nodes, reply.result.tolist(), seeds, strict=True)
+        for parent, handle, step_index, seed in zip(
+            parents, reply.result.tolist(), step_indices, seeds, strict=True
+        )
     ]
 
 

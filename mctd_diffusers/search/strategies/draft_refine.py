@@ -28,7 +28,7 @@ from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.selection import best_first
 from mctd_diffusers.search.settings import check_setting
 from mctd_diffusers.search.strides import constant_strides
-from mctd_diffusers.search.tree import Tree, path_to_root
+from mctd_diffusers.search.tree import ancestor_at
 
 _DRAFTS_OF_A_ROUND: Final = 16  # where no budget bounds their number
 
@@ -89,7 +89,7 @@ class DraftRefine:
                 drafts += yield from finish(problem, noises, strides=course.draft)
             back_up(problem, drafts)
             best = best_first(tree.reward[drafts])[:num_refined]
-            states = [_state_above(tree, drafts[i], course.resume) for i in best]
+            states = [ancestor_at(tree, drafts[i], course.resume) for i in best]
             if states:
                 refined = yield from finish(problem, states, strides=course.refined)
                 back_up(problem, refined)
@@ -135,8 +135,3 @@ class _Course(NamedTuple):
     draft: tuple[int, ...]
     resume: int
     refined: tuple[int, ...]
-
-
-def _state_above(tree: Tree, leaf: int, step_index: int) -> int:
-    """The node at ``step_index`` on the path to ``leaf``."""
-    return next(node for node in path_to_root(tree, leaf) if tree.step_index[node] == step_index)

@@ -66,7 +66,6 @@ from mctd_diffusers.search.tree import (
     ROOT,
     Tree,
     add_virtual_visit,
-    backup,
     path_to_root,
     settle,
 )
@@ -199,8 +198,7 @@ class MCTD:
                 for node, _ in wave:
                     settle(problem.tree, node)
             for leaves in finished:
-                for leaf in leaves:
-                    backup(problem.tree, leaf, float(problem.tree.reward[leaf]))
+                back_up(problem, leaves)
             wave = self._select_wave(problem, standard)
         return "budget"
 
