@@ -214,13 +214,48 @@ def test_a_curve_reaches_a_level_between_its_points() -> None:
 def test_nfe_and_cost_to_match_follow_the_curves(results: Results) -> None:
     found = nfe_to_match(results)
     assert found is not None
-    nfe, theirs = found
-    assert theirs == 128
-    assert nfe == pytest.approx(32, rel=0.15)  # a doubling of mctd gains what three of best-of-n do
+    assert found.reference == 128
+    # A doubling of mctd gains what three of best-of-n do.
+    assert found.nfe == pytest.approx(32, rel=0.15)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low <= found.nfe <= found.high
     shares = cost_to_match(results)
     assert set(shares) == {"2x", "4x", "8x"}
     rival, share = shares["8x"]
     assert (rival, share) == ("beam", pytest.approx(2**-1.5, rel=0.2))
+
+
+def test_the_nfe_to_match_are_open_upwards_where_some_prompts_never_get_there() -> None:
+    cells = [
+        replace(
+            c,
+            drawn=replace(
+                c.drawn,
+                runs=[replace(r, gold=r.gold - 1.5 * (i % 2)) for i, r in enumerate(c.drawn.runs)],
+            ),
+        )
+        if c.method == "mctd"
+        else c
+        for c in make_cells()
+    ]
+    found = nfe_to_match(results_of(PLAN, cells))
+    assert found is not None
+    assert found.high is None
+
+
+def test_a_method_is_called_by_its_head_where_no_other_has_it(results: Results) -> None:
+    assert results.name("beam") == "beam"
+    cells = [
+        replace(c, method="beam:stride=4", drawn=c.drawn) if c.method == "beam" else c
+        for c in make_cells()
+    ]
+    labels = list(dict.fromkeys(c.method for c in cells))
+    one = Results.of(cells, results.budgets, labels)
+    assert one.name("beam:stride=4") == "beam"
+    both = Results.of([*cells, *make_cells()], results.budgets, [*labels, "beam"])
+    assert both.name("beam:stride=4") == "beam:stride=4"
+    assert both.name("mctd:wave_size=8") == "mctd:wave_size=8"
 
 
 def test_gold_per_proxy_is_a_share_of_the_reference() -> None:

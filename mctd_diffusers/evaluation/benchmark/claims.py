@@ -76,17 +76,19 @@ def _not_beaten(results: Results, found: Sequence[Contest], where: str) -> Claim
     within = "every budget" + " that can be compared" * bool(missing)
     if below:
         within = ", ".join(c.budget for c in found if c not in below) or "no budget"
-        within += f" (not at {_named(below, 'p_margin')})"
+        within += f" (not at {_named(results, below, 'p_margin')})"
     return Claim(
         bool(above) and not below,
         f"At {where}, with a margin of {results.margin:.4f} ({_scale(results)}), {CANDIDATE} is "
         f"shown to be non-inferior to the best rival at {within}, and significantly above it at "
-        f"{_named(above, 'p_above') or 'no budget'}{left}.",
+        f"{_named(results, above, 'p_above') or 'no budget'}{left}.",
     )
 
 
-def _named(found: Sequence[Contest], p_value: str) -> str:
-    return ", ".join(f"{c.budget} ({c.rival}, p = {getattr(c, p_value):.2g})" for c in found)
+def _named(results: Results, found: Sequence[Contest], p_value: str) -> str:
+    return ", ".join(
+        f"{c.budget} ({results.name(c.rival)}, p = {getattr(c, p_value):.2g})" for c in found
+    )
 
 
 def _scale(results: Results) -> str:
@@ -99,7 +101,7 @@ def _scale(results: Results) -> str:
 
 def _above(results: Results, rival: str) -> Claim | None:
     """Significantly above a rival at three budgets."""
-    found = against(results, rival)
+    found, name = against(results, rival), results.name(rival)
     if not found:
         return None
     above = [c.budget for c in found if c.p_above <= (1 - CONFIDENCE) / 2]
@@ -107,12 +109,12 @@ def _above(results: Results, rival: str) -> Claim | None:
     if not holds and len(found) < BUDGETS_ABOVE:
         return Claim(
             None,
-            f"{CANDIDATE} is significantly above {rival} at {_listed(above)}; {len(found)} budgets "
+            f"{CANDIDATE} is significantly above {name} at {_listed(above)}; {len(found)} budgets "
             f"are measured where {BUDGETS_ABOVE} are asked for.",
         )
     return Claim(
         holds,
-        f"{CANDIDATE} is significantly above {rival} at {_listed(above)} of {len(found)} budgets "
+        f"{CANDIDATE} is significantly above {name} at {_listed(above)} of {len(found)} budgets "
         f"({BUDGETS_ABOVE} are asked for).",
     )
 
@@ -126,15 +128,15 @@ def _matches(results: Results) -> Claim | None:
     found, largest = nfe_to_match(results), results.largest_reference
     if found is None or largest is None:
         return None
-    nfe, theirs = found
     name = f"{REFERENCE} at {largest.budget}"
     asked = f"(at most 1/{1 / NFE_SHARE:.0f} is asked for, 1/{1 / NFE_AIM:.0f} aimed at)"
-    if nfe is None:
+    if found.nfe is None:
         return Claim(False, f"{CANDIDATE} reaches the gold of {name} at no budget {asked}.")
+    low, high = ("never" if end is None else f"{end:.0f}" for end in (found.low, found.high))
     return Claim(
-        nfe <= NFE_SHARE * theirs,
-        f"{CANDIDATE} reaches the gold of {name} with {nfe:.0f} NFE, 1/{theirs / nfe:.1f} of its "
-        f"{theirs:.0f} {asked}.",
+        found.nfe <= NFE_SHARE * found.reference,
+        f"{CANDIDATE} reaches the gold of {name} with {found.nfe:.0f} [{low}, {high}] NFE, "
+        f"1/{found.reference / found.nfe:.1f} of its {found.reference:.0f} {asked}.",
     )
 
 
@@ -144,7 +146,7 @@ def _cheaper(results: Results) -> Claim | None:
     if not found:
         return None
     named = ", ".join(
-        f"{budget} ({rival}) {'never' if share is None else f'{share:.2f}'}"
+        f"{budget} ({results.name(rival)}) {'never' if share is None else f'{share:.2f}'}"
         for budget, (rival, share) in found.items()
     )
     shares = [share for _, share in found.values()]

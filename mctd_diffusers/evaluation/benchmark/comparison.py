@@ -26,6 +26,7 @@ from mctd_diffusers.evaluation.metrics import (
     bootstrap_mean,
     bootstrap_p_value,
     holm,
+    resampled_means,
 )
 
 Values: TypeAlias = Mapping[tuple[str, int], float]
@@ -186,6 +187,16 @@ class Results:
     def methods(self) -> list[str]:
         """Labels of the methods besides the plain sample."""
         return list(dict.fromkeys(method for method, _ in self.groups if method != PLAIN))
+
+    def name(self, method: str) -> str:
+        """What tables and curves call a method: its settings are left out where nothing is lost.
+
+        The report lists the settings of each. The candidate and the reference with settings of
+        their own are never named like those without.
+        """
+        short = head(method)
+        alike = [other for other in self.methods if head(other) == short]
+        return method if len(alike) > 1 or short in (CANDIDATE, REFERENCE) else short
 
     @property
     def rivals(self) -> list[str]:
@@ -349,25 +360,46 @@ def to_reach(sizes: Sequence[float], levels: Sequence[float], target: float) -> 
     return None
 
 
-def _mean_gold(groups: Sequence[Group]) -> list[float]:
-    """Mean gold of groups over the prompts and seeds that all of them have."""
+def _shared_gold(groups: Sequence[Group]) -> list[Float[np.ndarray, " prompts"]]:
+    """Gold of groups by prompt, on the prompts and seeds that all of them have."""
     common = set.intersection(*(set(group.runs) for group in groups))
-    return [
-        float(over_seeds({key: group.runs[key].gold for key in common}).mean()) for group in groups
-    ]
+    return [over_seeds({key: group.runs[key].gold for key in common}) for group in groups]
 
 
-def nfe_to_match(results: Results) -> tuple[float | None, float] | None:
-    """NFE at which the candidate's mean gold reaches the largest reference's, and that one's NFE.
+class Match(NamedTuple):
+    """NFE at which the candidate's mean gold reaches the largest reference's.
 
-    Returns:
-        ``None`` instead of the first where it is not reached; ``None`` without curves.
+    Attributes:
+        nfe: ``None`` where it is not reached.
+        low: lower end of the 95 % interval over prompts; ``None`` likewise.
+        high: upper end.
+        reference: NFE of the reference.
     """
+
+    nfe: float | None
+    low: float | None
+    high: float | None
+    reference: float
+
+
+def nfe_to_match(results: Results) -> Match | None:
+    """What the candidate needs for the gold of the largest reference; ``None`` without curves."""
     curve, largest = results.curve(CANDIDATE), results.largest_reference
     if len(curve) < 2 or largest is None:
         return None
-    *levels, target = _mean_gold([*curve, largest])
-    return to_reach([group.nfe for group in curve], levels, target), largest.nfe
+    sizes = [group.nfe for group in curve]
+    gold = _shared_gold([*curve, largest])
+    *levels, target = (float(each.mean()) for each in gold)
+    # The same resamples for every group, so that they stay paired by prompt.
+    resampled = np.stack([resampled_means(each) for each in gold])
+    found = [to_reach(sizes, means[:-1], means[-1]) for means in resampled.T.tolist()]
+    ends = np.quantile(
+        [np.inf if nfe is None else nfe for nfe in found],
+        [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2],
+        method="nearest",
+    )
+    low, high = (None if end == np.inf else float(end) for end in ends)
+    return Match(to_reach(sizes, levels, target), low, high, largest.nfe)
 
 
 def cost_to_match(results: Results) -> dict[str, tuple[str, float | None]]:
@@ -382,7 +414,7 @@ def cost_to_match(results: Results) -> dict[str, tuple[str, float | None]]:
         rival = results.best_rival(budget)
         if len(curve) < 2 or rival is None:
             continue
-        *levels, target = _mean_gold([*curve, rival])
+        *levels, target = (float(each.mean()) for each in _shared_gold([*curve, rival]))
         cost = to_reach([group.cost for group in curve], levels, target)
         found[budget] = rival.method, None if cost is None else cost / rival.cost
     return found

@@ -23,8 +23,9 @@ from mctd_diffusers.evaluation.benchmark.plan import REFERENCE
 from mctd_diffusers.evaluation.benchmark.pricing import cost_at, cost_of
 from mctd_diffusers.evaluation.metrics import bootstrap_mean
 
-# Wong's palette for colour-blind readers (Nature Methods 8, 2011), the yellow left out.
-_COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
+# Wong's palette for colour-blind readers (Nature Methods 8, 2011), without its black and yellow,
+# and a brown: grey is the reference's.
+_COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A4A1E")
 _MARKERS: Final = "ovsDP^X<>"
 _INK, _QUIET = "#111111", "#8A8A8A"
 _REWARD_PRICES: Final = (0.1, 1.0, 10.0)
@@ -114,7 +115,7 @@ def _draw(
             marker=look.marker,
             linewidth=look.width,
             markersize=4,
-            label=method,
+            label=results.name(method),
             zorder=look.order,
         )
         if method in banded:

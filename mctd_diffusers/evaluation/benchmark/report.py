@@ -218,7 +218,9 @@ def _by_budget(results: Results, entry: Callable[[Group], str]) -> list[str]:
     rows = [[PLAIN, entry(results.plain), *[""] * (len(heads) - 2)]]
     for method in results.methods:
         groups = [results.at(method, budget) for budget in _other_budgets(results)]
-        rows.append([method, "", *("" if group is None else entry(group) for group in groups)])
+        rows.append(
+            [results.name(method), "", *("" if group is None else entry(group) for group in groups)]
+        )
     if not any(any(row[1:]) for row in rows):
         return []
     if not rows[0][1]:
@@ -267,7 +269,7 @@ def _contests(results: Results) -> list[str]:
         [
             where,
             contest.budget,
-            contest.rival,
+            results.name(contest.rival),
             _mean(contest.gain, sign="+"),
             f"{contest.p_margin:.4f}",
             f"{contest.p_above:.4f}",
@@ -304,7 +306,7 @@ def _candidate_gains_at_cost(results: Results) -> list[str]:
     budgets = [budget for budget in results.budgets if results.at(CANDIDATE, budget)]
     rows = []
     for rival in results.rivals:
-        row = [rival]
+        row = [results.name(rival)]
         for budget in budgets:
             ours = results.groups[CANDIDATE, budget]
             theirs = results.gold_at_cost(rival, ours.cost)
@@ -328,7 +330,7 @@ def _by_kind(results: Results) -> list[str]:
     budget = (whole or budgets)[-1]
     groups = [results.plain, *(results.at(method, budget) for method in results.methods)]
     rows = [
-        [group.method, group.budget, *(_kind_mean(group, kind) for kind in kinds)]
+        [results.name(group.method), group.budget, *(_kind_mean(group, kind) for kind in kinds)]
         for group in groups
         if group is not None
     ]
@@ -351,7 +353,7 @@ def _costs(results: Results) -> list[str]:
         share = group.budget_share
         rows.append(
             [
-                group.method,
+                results.name(group.method),
                 group.budget,
                 f"{group.nfe:.1f}",
                 "" if share is None else f"{100 * share:.1f}",
@@ -386,7 +388,7 @@ def _reward_calls(run: Run) -> float:
 def _settings(results: Results) -> list[str]:
     """The settings of every method."""
     found = {group.method: group.cells[0].settings for group in results.groups.values()}
-    return [f"- {method}: `{settings}`" for method, settings in found.items()]
+    return [f"- {results.name(method)}: `{settings}`" for method, settings in found.items()]
 
 
 def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
