@@ -24,12 +24,12 @@ from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import BudgetError, ConfigError
 from mctd_diffusers.results import bytes_of
 from mctd_diffusers.search.budget import REWARD_SPENDS, VALUE_SPENDS, Budget
-from mctd_diffusers.search.environment import FIRST_DRAW, Asks, Ledger, Prices
+from mctd_diffusers.search.environment import FIRST_DRAW, Ledger, Prices
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.runner import Finished, SearchResult, Strategy
 from mctd_diffusers.search.seeding import root_seed_of
 from mctd_diffusers.search.settings import is_number
-from mctd_diffusers.search.strategies import BestOfN, resolve_strategy
+from mctd_diffusers.search.strategies import resolve_strategy
 from mctd_diffusers.search.tree import STEP, path_to_root
 
 DEFAULT_COMPUTE = 8
@@ -248,33 +248,6 @@ class _Folded:
 
     def combine(self, outputs: Outputs, guidance: float | None = None) -> Tensor:
         return self.network.combine(outputs, guidance)
-
-
-@dataclass(frozen=True)
-class WithPlain:
-    """A strategy, and in the same waves the plain sample of every image.
-
-    Attributes:
-        strategy: searches the problems below ``images``.
-        images: problems from here on make the plain sample of the image ``images`` before.
-    """
-
-    strategy: Strategy
-    images: int
-
-    @property
-    def name(self) -> str:
-        """Name of the strategy."""
-        return self.strategy.name
-
-    def least_nfe(self, num_steps: int) -> int:
-        """Fewest evaluations of either."""
-        return min(num_steps, self.strategy.least_nfe(num_steps))
-
-    def search(self, problem: Problem) -> Asks:
-        """Coroutine of the one or the other."""
-        is_plain = problem.index >= self.images
-        return (BestOfN(n=1) if is_plain else self.strategy).search(problem)
 
 
 @dataclass(frozen=True)

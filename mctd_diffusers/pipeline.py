@@ -37,7 +37,6 @@ from mctd_diffusers.calls import (
     Prepared,
     SearchCall,
     SearchOptions,
-    WithPlain,
     World,
     as_config_errors,
     call_budgets,
@@ -85,6 +84,7 @@ from mctd_diffusers.search.runner import Finished, SearchResult, Strategy, Wave,
 from mctd_diffusers.search.saving import load_search
 from mctd_diffusers.search.seeding import root_seed_of
 from mctd_diffusers.search.strategies import STRATEGIES, BestOfN
+from mctd_diffusers.search.with_plain import WithPlain
 
 logger = logging.getLogger(__name__)
 

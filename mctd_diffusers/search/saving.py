@@ -29,6 +29,7 @@ from mctd_diffusers.search.log import SearchLog, from_arrays, to_arrays
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.runner import SearchResult, Strategy, rebuild
 from mctd_diffusers.search.strategies import STRATEGIES
+from mctd_diffusers.search.with_plain import WithPlain
 
 FORMAT: Final = 1
 INDEX: Final = "search.json"
@@ -44,7 +45,8 @@ class SavedSearch:
         problems: one an image, their trees untouched.
         log: every answer until then.
         stop_reasons: why each image's search ended; ``None`` where it has not.
-        call: what the one who saved it needs to set up its world again; plain data.
+        call: what the one who saved it needs to set up its world again; plain data. Where its
+            ``"with_plain"`` is true, the second half of the problems made the plain samples.
         samples: file of the samples that are live after the last answer.
     """
 
@@ -64,13 +66,18 @@ class SavedSearch:
     def results(self) -> list[SearchResult]:
         """What was found until then: trees, finished samples and spending, rebuilt from the log.
 
+        One a problem, so with the plain samples, where they were made too, after the images.
+
         No model is needed and none is called. ``stop_reason`` is ``"interrupted"`` where the search
         was under way.
 
         Raises:
             ConfigError: the log does not fit the strategy: another version wrote it.
         """
-        return rebuild(self.strategy, [_untouched(problem) for problem in self.problems], self.log)
+        strategy = self.strategy
+        if self.call.get("with_plain"):
+            strategy = WithPlain(strategy, len(self.problems) // 2)
+        return rebuild(strategy, [_untouched(problem) for problem in self.problems], self.log)
 
 
 def save_search(

@@ -131,6 +131,13 @@ def test_saving_changes_nothing(pipe: MCTDPipeline, tmp_path: Path) -> None:
     ]
 
 
+def test_the_plain_samples_are_read_beside_the_searches(pipe: MCTDPipeline, tmp_path: Path) -> None:
+    out = search(pipe, compute=3, include_plain=True, save_to=tmp_path)
+    searched, plain = load_search(tmp_path).results()[:2], load_search(tmp_path).results()[2:]
+    assert [r.finished for r in searched] == [found.finished for found in out.search]
+    assert [r.best.reward for r in plain if r.best is not None] == out.plain.rewards
+
+
 def test_ctrl_c_saves(tmp_path: Path) -> None:
     class Interrupting:
         calls = 0

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from mctd_diffusers.calls import WithPlain, World
+from mctd_diffusers.calls import World
 from mctd_diffusers.denoising.protocols import CheckedReward, RewardFn
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.diagnosis.looking import (
@@ -127,10 +127,8 @@ def diagnose_saved(
     """
     opened = pipe.open_search(folder, search=search, reward_model=reward_model, **arguments)
     world = opened.call.world
-    saved, images = opened.saved, len(world.prompts)
-    if world.with_plain:  # the log is of both
-        saved = replace(saved, strategy=WithPlain(saved.strategy, images))
-    results = [result for result in saved.results()[:images] if result.best is not None][:limit]
+    searched = opened.saved.results()[: len(world.prompts)]  # without the plain samples
+    results = [result for result in searched if result.best is not None][:limit]
 
     def case_of(i: int) -> _Case:
         handles = [sample.handle for sample in results[i].finished]
