@@ -63,3 +63,19 @@ def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect_locally)
+
+
+@pytest.fixture(scope="session")
+def unet() -> Any:
+    """A tiny UNet with random weights, which no test changes."""
+    from tests.tiny_models import tiny_unet
+
+    return tiny_unet()
+
+
+@pytest.fixture(scope="session")
+def vae() -> Any:
+    """A tiny autoencoder with random weights, which no test changes."""
+    from tests.tiny_models import tiny_vae
+
+    return tiny_vae()

@@ -15,17 +15,12 @@ from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.environment import Counts, Ledger
 from tests.schedulers import make_scheduler, noise
-from tests.tiny_models import GuidedUNet, PlainUNet, tiny_unet
+from tests.tiny_models import GuidedUNet, PlainUNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 EMBEDS, NEGATIVE = noise(3, 5, 16, seed=1), noise(3, 5, 16, seed=2)
 INDICES, PROBLEMS = [0, 3, 3, 1, 7, 2, 0], [0, 1, 2, 0, 1, 2, 2]
-
-
-@pytest.fixture(scope="module")
-def unet() -> Any:
-    return tiny_unet()
 
 
 def make(network: Any, rows_per_call: int, name: str = "ddim", **extra: Any) -> Denoiser:

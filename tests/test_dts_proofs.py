@@ -9,6 +9,7 @@ that is known to be wrong.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,16 +34,10 @@ TEMPERATURE = 1.0
 TILTED, LOG_NORMALISER = REWARD.tilted(MIXTURE, TEMPERATURE)
 """Its modes have weights of 0.03, 0.19, 0.19 and 0.59: the rarest becomes the commonest."""
 
-EVENLY = DTS(
-    temperature=TEMPERATURE,
-    selection_temperature=math.inf,
-    widening_constant=1.0,
-    widening_exponent=0.5,
-    wave_size=16,
-)
 AS_PUBLISHED = DTS(
     temperature=TEMPERATURE, widening_constant=1.0, widening_exponent=0.5, wave_size=16
 )
+EVENLY = replace(AS_PUBLISHED, selection_temperature=math.inf)
 """But for the constants of the law of widening, by which a small tree has some depth."""
 
 
@@ -156,13 +151,7 @@ def test_a_tree_that_goes_on_from_what_looks_good_underrates(size: dict[str, int
 @pytest.mark.slow
 def test_four_times_the_visits_halve_the_error_of_the_root() -> None:
     # The root has children in proportion to its visits, so its error falls as their root.
-    strategy = DTS(
-        temperature=TEMPERATURE,
-        selection_temperature=math.inf,
-        widening_constant=0.5,
-        widening_exponent=1.0,
-        wave_size=16,
-    )
+    strategy = replace(EVENLY, widening_constant=0.5, widening_exponent=1.0)
     forests = [grown(strategy, trees=120, nfe=nfe) for nfe in (12, 48, 192)]
     visits = np.log([forest.visits.mean() for forest in forests])
     errors = np.log([np.sqrt(((forest.gains - 1) ** 2).mean()) for forest in forests])

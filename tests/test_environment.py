@@ -32,23 +32,13 @@ from mctd_diffusers.search.environment import (
     Prices,
 )
 from tests.schedulers import make_scheduler, noise
-from tests.tiny_models import GuidedUNet, PlainUNet, tiny_unet, tiny_vae
+from tests.tiny_models import GuidedUNet, PlainUNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 SCALE = 3.0
 NUM_STEPS = 8
 FIRST = noise(3, 4, 8, 8, seed=3)
-
-
-@pytest.fixture(scope="module")
-def unet() -> Any:
-    return tiny_unet()
-
-
-@pytest.fixture(scope="module")
-def vae() -> Any:
-    return tiny_vae()
 
 
 class Brightness:

@@ -27,7 +27,6 @@ from tests.pipelines import tiny
 from tests.strategies import searches, trees
 from tests.test_environment import NUM_STEPS, World
 from tests.test_runner import Clock, Custom
-from tests.tiny_models import tiny_unet, tiny_vae
 from tests.toys import problems_of, small_environment
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "measure_overhead.py"
@@ -112,16 +111,6 @@ def test_the_memory_of_a_tree_is_linear_in_its_nodes() -> None:
     # Columns double, so that a size is known up to a factor of two.
     assert bytes_of(4_000) < 2 * 4 * bytes_of(1_000)
     assert bytes_of(4_000) < 4_000 * 1_000
-
-
-@pytest.fixture(scope="module")
-def unet() -> Any:
-    return tiny_unet()
-
-
-@pytest.fixture(scope="module")
-def vae() -> Any:
-    return tiny_vae()
 
 
 @settings(max_examples=10)
