@@ -17,9 +17,15 @@ from diffusers import SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor
 
-from mctd_diffusers.denoising.denoiser import synchronize
+from mctd_diffusers.denoising.denoiser import FeatureTap, synchronize
 from mctd_diffusers.denoising.environment import LatentEnvironment, measure_prices
-from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, Network, Outputs
+from mctd_diffusers.denoising.protocols import (
+    CheckedReward,
+    Decoder,
+    GainModel,
+    Network,
+    Outputs,
+)
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import BudgetError, ConfigError
 from mctd_diffusers.results import bytes_of
@@ -210,12 +216,14 @@ class Prepared:
         decoder: decodes finished samples.
         preview: decodes unfinished ones; ``None`` where there is no preview decoder.
         first_latents: initial noise of each image, by the stock ``prepare_latents``.
+        features: a tap on the network's blocks.
     """
 
     network: Network
     decoder: Decoder
     preview: Decoder | None
     first_latents: Float[Tensor, "images channels height width"]
+    features: FeatureTap
 
 
 @dataclass
@@ -264,6 +272,9 @@ class World:
         settings: the shared part of each image's recipes.
         prices: measured beforehand; all 0 where nothing is decided by them.
         with_plain: whether the plain samples are made beside the search, as problems of their own.
+        reads_features: whether features of the samples will be asked for.
+        gain_model: predicts what jumps tell; ``None`` where no prediction is asked for.
+        stride_costs: of jumps of the typical sample, see `Problem`.
     """
 
     prepared: Prepared
@@ -275,6 +286,9 @@ class World:
     settings: list[dict[str, Any]]
     prices: Prices
     with_plain: bool
+    reads_features: bool = False
+    gain_model: GainModel | None = None
+    stride_costs: tuple[tuple[float, ...], ...] | None = None
 
     @functools.cached_property
     def decoder(self) -> Any:
@@ -305,6 +319,8 @@ class World:
             first_latents=torch.cat([self.prepared.first_latents] * times),
             rows_per_call=self.rows_per_call,
             prices=self.prices,
+            features=self.prepared.features if self.reads_features else None,
+            gain_model=self.gain_model,
         )
 
     def problems(self, budget: Budget, *, first_index: int = 0) -> list[Problem]:

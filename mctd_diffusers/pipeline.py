@@ -940,13 +940,7 @@ class MCTDPipeline(DiffusionPipeline):
         Raises:
             ConfigError: as the call would.
         """
-        bound = inspect.signature(type(self).__call__).bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        stock = {name: given for name, given in bound.arguments.items() if name != "self"}
-        self._check_names(stock.pop("kwargs", {}))
-        options = SearchOptions(
-            **{field.name: stock.pop(field.name) for field in fields(SearchOptions)}
-        )
+        stock, options = self._bound(args, kwargs)
         if options.search is None:
             raise ConfigError(
                 "estimate() is about searches: name one, search=None costs one sample"
@@ -976,6 +970,39 @@ class MCTDPipeline(DiffusionPipeline):
             seconds_per_row=seconds_per_row,
             prices=prices,
         )
+
+    @torch.no_grad()
+    def open_world(self, *args: Any, reads_features: bool = False, **kwargs: Any) -> World:
+        r"""Set up the world of a call, to denoise in it by hand; nothing is searched.
+
+        Args:
+            args:
+                The arguments of the call.
+            reads_features (`bool`, *optional*, defaults to `False`):
+                Whether its environment keeps features of the samples.
+            kwargs:
+                The arguments of the call.
+
+        Returns:
+            [`World`]: whose `environment` numbers the images from 0.
+
+        Raises:
+            ConfigError: as the call would.
+        """
+        stock, options = self._bound(args, kwargs)
+        world, _ = self._set_up(stock, replace(options, search="best_of_n"))
+        return replace(world, reads_features=reads_features)
+
+    def _bound(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], SearchOptions]:
+        """The stock arguments of a call, and ours."""
+        bound = inspect.signature(type(self).__call__).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        stock = {name: given for name, given in bound.arguments.items() if name != "self"}
+        self._check_names(stock.pop("kwargs", {}))
+        ours = {field.name: stock.pop(field.name) for field in fields(SearchOptions)}
+        return stock, SearchOptions(**ours)
 
 
 def _read_model_index(source: str, hub: dict[str, Any]) -> dict[str, Any]:

@@ -119,22 +119,20 @@ def test_calls_hold_one_latent_at_least() -> None:
 @pytest.mark.parametrize("rows_per_call", [1, 4])
 def test_features_are_those_of_the_conditional_rows(unet: Any, rows_per_call: int) -> None:
     latents = noise(6, 4, 8, 8)
-    with FeatureTap(unet, rows_per_latent=2) as tap:
-        network = GuidedUNet(unet, EMBEDS, NEGATIVE, 3.0)
-        denoiser = make(network, rows_per_call, features=tap)
-        features = denoiser(latents, INDICES[:6], PROBLEMS[:6]).features
-    with FeatureTap(unet) as tap:
-        plain = make(PlainUNet(unet, EMBEDS), rows_per_call, features=tap)
-        expected = plain(latents, INDICES[:6], PROBLEMS[:6]).features
+    network = GuidedUNet(unet, EMBEDS, NEGATIVE, 3.0)
+    denoiser = make(network, rows_per_call, features=FeatureTap(unet, rows_per_latent=2))
+    features = denoiser(latents, INDICES[:6], PROBLEMS[:6]).features
+    plain = make(PlainUNet(unet, EMBEDS), rows_per_call, features=FeatureTap(unet))
+    expected = plain(latents, INDICES[:6], PROBLEMS[:6]).features
     shapes = {name: tuple(feature.shape) for name, feature in features.items()}
-    assert shapes == {"down.0": (6, 32), "down.1": (6, 64), "mid": (6, 64)}
+    assert shapes == {"down.0": (6, 64), "down.1": (6, 128), "mid": (6, 128)}
     for name, feature in features.items():
         torch.testing.assert_close(feature, expected[name], rtol=1e-4, atol=1e-4)
         assert not torch.allclose(feature[0], feature[1], atol=1e-3)
 
 
 @torch.no_grad()
-def test_features_are_spatial_means(unet: Any) -> None:
+def test_features_are_means_and_deviations_over_space(unet: Any) -> None:
     seen = {}
     hook = unet.mid_block.register_forward_hook(lambda m, i, out: seen.update(mid=out))
     with FeatureTap(unet) as tap:
@@ -142,7 +140,9 @@ def test_features_are_spatial_means(unet: Any) -> None:
         features = tap.take()
         assert tap.take() == {}
     hook.remove()
-    assert torch.equal(features["mid"], seen["mid"].mean((2, 3)))
+    flat = seen["mid"].flatten(2)
+    torch.testing.assert_close(features["mid"][:, :64], flat.mean(-1))
+    torch.testing.assert_close(features["mid"][:, 64:], flat.std(-1, correction=0))
 
 
 def test_hooks_are_gone_however_the_tap_closes(unet: Any) -> None:

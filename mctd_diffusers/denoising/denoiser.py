@@ -80,18 +80,19 @@ class Evaluation(NamedTuple):
 
     Attributes:
         outputs: its answers, guidance kept apart.
-        features: by name of the block, ``[batch, channels]``; empty without a tap.
+        features: by name of the block, ``[batch, features]``; empty without a tap.
     """
 
     outputs: Outputs
-    features: dict[str, Float[Tensor, "batch channels"]]
+    features: dict[str, Float[Tensor, "batch features"]]
 
 
 class FeatureTap:
-    """Reads a UNet's mid and down blocks, averaged over space, while it runs.
+    """Reads a UNet's mid and down blocks, pooled over space, while it runs.
 
-    A context manager: the hooks stand while it is open, and are gone however it closes. Pooling
-    happens inside the hooks, so the maps themselves are never kept.
+    Of every channel the mean and the standard deviation over space, in this order. A context
+    manager: the hooks stand while it is open, and are gone however it closes. Pooling happens
+    inside the hooks, so the maps themselves are never kept.
 
     Args:
         unet: has ``down_blocks`` and ``mid_block`` (which may be ``None``), as diffusers' UNets.
@@ -125,7 +126,7 @@ class FeatureTap:
         self._hooks.clear()
         self._features.clear()
 
-    def take(self) -> dict[str, Float[Tensor, "batch channels"]]:
+    def take(self) -> dict[str, Float[Tensor, "batch features"]]:
         """The features of the last call, in single precision; empty if there was none."""
         features, self._features = self._features, {}
         return features
@@ -134,9 +135,15 @@ class FeatureTap:
         def read(block: nn.Module, inputs: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             conditional = hidden.chunk(self._rows_per_latent)[-1]
-            self._features[name] = conditional.detach().float().mean((2, 3))
+            self._features[name] = pooled(conditional.detach().float())
 
         return read
+
+
+def pooled(maps: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch features"]:
+    """Mean of every channel over space, then the standard deviation of every channel."""
+    flat = maps.flatten(2)
+    return torch.cat([flat.mean(-1), flat.std(-1, correction=0)], dim=1)
 
 
 class Denoiser:
@@ -147,7 +154,7 @@ class Denoiser:
         stepper: knows the timesteps and scales the inputs.
         rows_per_call: latents in every call; with guidance the network gets twice that.
         ledger: is charged.
-        features: an open tap on the network, or ``None``.
+        features: a tap on the network, which is opened for each call; ``None`` to read none.
 
     Raises:
         ConfigError: ``rows_per_call`` is below 1.
@@ -203,8 +210,10 @@ class Denoiser:
     ) -> Evaluation:
         inputs = self.stepper.scale_model_input(latents, step_indices)
         timesteps = self.stepper.timesteps[list(step_indices)].to(latents.device)
-        outputs = self.network(inputs, timesteps, problems)
-        return Evaluation(outputs, self.features.take() if self.features else {})
+        if self.features is None:
+            return Evaluation(self.network(inputs, timesteps, problems), {})
+        with self.features as tap:
+            return Evaluation(self.network(inputs, timesteps, problems), tap.take())
 
     def combine(
         self, outputs: Outputs, guidances: Sequence[float | None] | None = None

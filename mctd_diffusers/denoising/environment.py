@@ -7,14 +7,23 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mctd_diffusers.denoising.denoiser import Chunk, Denoiser, chunks, synchronize, timed
+from mctd_diffusers.denoising.denoiser import (
+    Chunk,
+    Denoiser,
+    FeatureTap,
+    chunks,
+    pooled,
+    synchronize,
+    timed,
+)
 from mctd_diffusers.denoising.latents import (
     Drawn,
     EdgeNoise,
@@ -24,7 +33,13 @@ from mctd_diffusers.denoising.latents import (
     Sample,
     Stepped,
 )
-from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, Network, Outputs
+from mctd_diffusers.denoising.protocols import (
+    CheckedReward,
+    Decoder,
+    GainModel,
+    Network,
+    Outputs,
+)
 from mctd_diffusers.denoising.stepper import SolverState, Stepper
 from mctd_diffusers.errors import ConfigError, SearchError
 from mctd_diffusers.search.environment import (
@@ -38,6 +53,9 @@ from mctd_diffusers.search.environment import (
     Values,
 )
 from mctd_diffusers.search.settings import check_setting, is_number
+
+if TYPE_CHECKING:
+    from mctd_diffusers.search.environment import Gains
 
 
 class LatentEnvironment:
@@ -61,6 +79,8 @@ class LatentEnvironment:
         rows_per_call: latents in every call.
         prices: what the ledger reckons its cost by.
         storage: where tensors wait between calls; by default the device itself.
+        features: a tap on the network, where features of the samples will be asked for.
+        gain_model: predicts what jumps tell; ``None`` where a search asks for no predictions.
 
     Raises:
         ConfigError: ``rows_per_call`` is below 1, or prompts and first latents differ in number.
@@ -79,6 +99,8 @@ class LatentEnvironment:
         preview: Decoder | None = None,
         prices: Prices | None = None,
         storage: torch.device | str | None = None,
+        features: FeatureTap | None = None,
+        gain_model: GainModel | None = None,
     ) -> None:
         if len(prompts) != len(first_latents):
             raise ConfigError(
@@ -88,7 +110,10 @@ class LatentEnvironment:
         self.ledger = Ledger(prices=prices or Prices())
         self.num_steps = stepper.num_steps
         self._stepper = stepper
-        self._denoiser = Denoiser(network, stepper, rows_per_call=rows_per_call, ledger=self.ledger)
+        self._denoiser = Denoiser(
+            network, stepper, rows_per_call=rows_per_call, ledger=self.ledger, features=features
+        )
+        self._gain_model = gain_model
         self._decoder = decoder
         self._preview = preview
         self._reward = reward
@@ -124,7 +149,7 @@ class LatentEnvironment:
         if not fresh:
             return
         self._make(fresh)
-        outputs, _ = self._denoiser(
+        outputs, features = self._denoiser(
             self._latents_of(fresh),
             [sample.step_index for sample in fresh],
             [sample.problem for sample in fresh],
@@ -137,6 +162,9 @@ class LatentEnvironment:
             strict=True,
         ):
             sample.outputs = Outputs(row, without)
+        for name, rows in features.items():
+            for sample, row in zip(fresh, self._samples.keep(rows), strict=True):
+                sample.features[name] = row
 
     def step(self, parents: Handles, actions: Sequence[Action], seeds: Seeds) -> Handles:
         """Make one lazy child for each (evaluated parent, action, seed).
@@ -219,6 +247,23 @@ class LatentEnvironment:
         for sample, reward in zip(fresh, rewards, strict=True):
             sample.reward = reward
         return np.array([sample.reward for sample in samples], dtype=np.float64)
+
+    def predict_gain(self, handles: Handles, strides: Sequence[int]) -> Gains:
+        """What the gain model says of jumps from evaluated samples; 0 NFE.
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: a sample is finished, or not evaluated.
+            ConfigError: there is no gain model.
+        """
+        self._evaluated(handles)
+        if self._gain_model is None:
+            raise ConfigError(
+                "there is no gain model to predict what strides tell: load the pipeline with "
+                "ige=..., or use stride_policy='budget'"
+            )
+        with timed(self.ledger, "gain", self._device):
+            return self._gain_model(self, handles, strides)
 
     def renoise(self, handles: Handles, step_index: int, seeds: Seeds) -> Handles:
         """Noise denoised estimates (of evaluated or finished samples) to ``step_index``, lazily.
@@ -333,6 +378,101 @@ class LatentEnvironment:
         self._make(samples)
         return self._estimates_of(samples)
 
+    # What gain models read
+
+    @property
+    def stepper(self) -> Stepper:
+        """Steps the samples; knows their noise levels."""
+        return self._stepper
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's latents."""
+        return tuple(self._first_latents.shape[1:])
+
+    def step_indices(self, handles: Handles) -> list[int]:
+        """Where samples stand in the schedule.
+
+        Raises:
+            CapacityError: a handle is not known.
+        """
+        return [sample.step_index for sample in self._samples[handles]]
+
+    @torch.no_grad()
+    def latents(self, handles: Handles) -> Float[Tensor, "batch *sample"]:
+        """Latents of samples, unscaled; lazy ones are made.
+
+        Raises:
+            CapacityError: a handle is not known.
+        """
+        samples = self._samples[handles]
+        self._make(samples)
+        return self._latents_of(samples)
+
+    @torch.no_grad()
+    def features(self, handles: Handles) -> dict[str, Float[Tensor, "batch _"]]:
+        """What the network's blocks and its estimate say of evaluated samples, pooled over space.
+
+        Of each block that is read (``"down.0"``, ..., ``"mid"``) the means and deviations of its
+        channels; and, ``"estimate"``, those of the guided denoised estimate, followed by the
+        deviations of what guidance scales, the conditional less the unconditional output (0 without
+        guidance).
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: a sample is finished, or not evaluated.
+        """
+        samples = self._evaluated(handles)
+        features = {
+            name: self._samples.gather([sample.features[name] for sample in samples])
+            for name in samples[0].features
+        }
+        outputs = [_outputs(sample) for sample in samples]
+        differences = [
+            torch.zeros_like(conditional) if unconditional is None else conditional - unconditional
+            for conditional, unconditional in outputs
+        ]
+        scaled = self._samples.gather(differences).float().flatten(2).std(-1, correction=0)
+        estimate = pooled(self._denoised_of(samples).float())
+        features["estimate"] = torch.cat([estimate, scaled], dim=1)
+        return features
+
+    @torch.no_grad()
+    def estimate_change(self, handles: Handles) -> npt.NDArray[np.float64]:
+        """Change of the denoised estimate since the parent's, rms, by that of the log-SNR.
+
+        NaN of samples that were not stepped to. Kept where the gain model reads it.
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: a sample is finished, or not evaluated.
+        """
+        samples = self._evaluated(handles)
+        log_snr = self._stepper.log_snr
+        changes = np.full(len(samples), np.nan)
+        for row, sample in enumerate(samples):
+            if sample.parent_estimate is not None:
+                before, step_index = sample.parent_estimate
+                moved = self._denoised_of([sample])[0] - before.to(self._device)
+                passed = log_snr[sample.step_index] - log_snr[step_index]
+                changes[row] = moved.float().square().mean().sqrt() / passed
+        return changes
+
+    def aside(self) -> LatentEnvironment:
+        """The same world without a sample and with a ledger of its own, to measure in."""
+        return LatentEnvironment(
+            network=self._denoiser.network,
+            stepper=self._stepper,
+            decoder=self._decoder,
+            preview=self._preview,
+            reward=self._reward,
+            prompts=self._prompts,
+            first_latents=self._first_latents,
+            rows_per_call=self._rows_per_call,
+            prices=self.ledger.prices,
+            storage=self._samples.storage,
+        )
+
     # Making lazy samples
 
     def _make(self, samples: Sequence[Sample]) -> None:
@@ -374,6 +514,10 @@ class LatentEnvironment:
             [edge.seed for edge in edges],
         )
         self._settle(samples, latents, states)
+        if self._gain_model is not None and self._gain_model.reads_change:
+            estimates = self._samples.keep(self._denoised_of(parents))
+            for sample, parent, estimate in zip(samples, parents, estimates, strict=True):
+                sample.parent_estimate = (estimate, parent.step_index)
 
     def _noise_again(self, samples: Sequence[Sample]) -> None:
         origins = [cast(Renoised, sample.origin) for sample in samples]
@@ -665,6 +809,9 @@ def _exported(sample: Sample) -> dict[str, Any]:
         "noise": None if sample.noise is None else asdict(sample.noise),
         "conditional": None if conditional is None else conditional.clone().cpu(),
         "unconditional": None if unconditional is None else unconditional.clone().cpu(),
+        "features": {name: row.clone().cpu() for name, row in sample.features.items()},
+        "parent_estimate": sample.parent_estimate
+        and (sample.parent_estimate[0].clone().cpu(), sample.parent_estimate[1]),
         "values": dict(sample.values),
         "reward": sample.reward,
     }
@@ -684,6 +831,9 @@ def _restored(saved: dict[str, Any], storage: torch.device) -> Sample:
         latents=here(saved["latents"]),
         state=SolverState(saved["step_index"], tuple(saved["visited"]), history),
         outputs=None if conditional is None else Outputs(conditional, here(saved["unconditional"])),
+        features={name: row.clone().to(storage) for name, row in saved["features"].items()},
+        parent_estimate=saved["parent_estimate"]
+        and (saved["parent_estimate"][0].clone().to(storage), saved["parent_estimate"][1]),
         values=dict(saved["values"]),
         reward=saved["reward"],
     )

@@ -88,6 +88,8 @@ class Sample:
         latents: ``[channels, height, width]``, unscaled; ``None`` while lazy.
         state: what the solver remembers; ``None`` while lazy, and of no use once finished.
         outputs: the network's answers, one row each; ``None`` until evaluated.
+        features: of the network's blocks, one row each, where they are read.
+        parent_estimate: denoised estimate of the parent and its step index, where changes are read.
         values: reward of the denoised estimate, once asked, by the guidance of the estimate.
         reward: reward of the finished picture, once asked.
     """
@@ -99,6 +101,8 @@ class Sample:
     latents: Tensor | None = None
     state: SolverState | None = None
     outputs: Outputs | None = None
+    features: dict[str, Tensor] = field(default_factory=dict)
+    parent_estimate: tuple[Tensor, int] | None = None
     values: dict[float | None, float] = field(default_factory=dict)
     reward: float | None = None
 

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from mctd_diffusers.denoising.environment import LatentEnvironment
+    from mctd_diffusers.search.environment import Gains, Handles
+
 
 @runtime_checkable
 class RewardFn(Protocol):
@@ -93,4 +96,28 @@ class Decoder(Protocol):
         self, latents: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch 3 rows columns"]:
         """Images in [0, 1], as the stock pipeline would hand them to its image processor."""
+        ...
+
+
+@runtime_checkable
+class GainModel(Protocol):
+    """Says what jumps from evaluated samples would tell, before they are made.
+
+    Attributes:
+        reads_change: whether it asks how the denoised estimate changed since the parent's, which
+            the environment then keeps.
+    """
+
+    reads_change: bool
+
+    def __call__(
+        self, environment: LatentEnvironment, handles: Handles, strides: Sequence[int]
+    ) -> Gains:
+        """Predict jumps of every stride from every sample, at no charge to its image.
+
+        Args:
+            environment: where the samples are; has their features and noise levels.
+            handles: evaluated samples.
+            strides: schedule steps of each jump; NaN is answered where they are more than are left.
+        """
         ...

@@ -221,6 +221,26 @@ class Stepper:
         sigma: float | Tensor = self._own.init_noise_sigma
         return sigma
 
+    @property
+    def alphas_cumprod(self) -> Float[Tensor, " timesteps"]:
+        """Signal share ``alpha^2`` at each timestep that the model is trained at."""
+        alphas: Tensor = self._own.alphas_cumprod.cpu()
+        return alphas
+
+    @property
+    def log_snr(self) -> Float[Tensor, " points"]:
+        """Log signal-to-noise ratio at each step and, last, of the finished sample.
+
+        ``2 log(alpha / sigma)``. That of a finished sample is the ratio of the cleanest timestep
+        that models are trained at, where the schedule itself would say infinity.
+        """
+        cleanest = self.alphas_cumprod[0].double()
+        ratios = [
+            (torch.as_tensor(alpha).double() / sigma.double()).square().cpu()
+            for alpha, sigma in map(self._alpha_sigma, range(self._begin, self._last))
+        ]
+        return torch.stack([*ratios, cleanest / (1 - cleanest)]).log().float()
+
     def initial_state(self, step_index: int = 0) -> SolverState:
         """State of a sample that begins at ``step_index``, with nothing behind it."""
         self._check_unfinished(step_index)

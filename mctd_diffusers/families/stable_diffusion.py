@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from mctd_diffusers.calls import Prepared, SearchOptions, as_config_errors, num_prompts
-from mctd_diffusers.denoising.denoiser import chunks
+from mctd_diffusers.denoising.denoiser import FeatureTap, chunks
 from mctd_diffusers.denoising.protocols import Outputs
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.pipeline import MCTDPipeline
@@ -532,6 +532,7 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
             decoder=VaeDecoder(self.vae),
             preview=None if self.preview_vae is None else VaeDecoder(self.preview_vae),
             first_latents=first_latents,
+            features=FeatureTap(self.unet, rows_per_latent=network.rows_per_latent),
         )
 
     def _encode(self, stock: dict[str, Any], prompts_per_call: int) -> tuple[Tensor, Tensor | None]:
