@@ -12,6 +12,7 @@ from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
 from mctd_diffusers.search.environment import (
     Denoise,
     Perturb,
+    PredictGain,
     Release,
     Renoise,
     Reply,
@@ -91,6 +92,8 @@ def answer(request: Request, environment: MixtureEnvironment, problem: int) -> A
             return environment.renoise(handles, step_index, seeds)
         case Perturb(handles, strength, seeds):
             return environment.perturb(handles, np.full(len(handles), strength), seeds)
+        case PredictGain(handles, strides):
+            return environment.predict_gain(handles, strides)
         case Release(handles):
             return environment.release(handles)
 

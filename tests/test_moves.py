@@ -16,8 +16,17 @@ from mctd_diffusers.errors import ConfigError, SearchError
 from mctd_diffusers.evaluation.ground_truth import LinearReward
 from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
 from mctd_diffusers.search.budget import Budget
-from mctd_diffusers.search.environment import FIRST_DRAW, Action, Asks, Counts
-from mctd_diffusers.search.moves import denoise, draw, perturb, renoise, reward, step, value
+from mctd_diffusers.search.environment import FIRST_DRAW, Action, Asks, Counts, Gains
+from mctd_diffusers.search.moves import (
+    denoise,
+    draw,
+    perturb,
+    predict_gain,
+    renoise,
+    reward,
+    step,
+    value,
+)
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.runner import replay
 from mctd_diffusers.search.seeding import edge_seed
@@ -248,6 +257,33 @@ def test_requests_of_several_images_with_other_strengths_ride_together() -> None
         for _ in step_by_hand(Asking(two_images), problems[0], alone):
             pass
         np.testing.assert_array_equal(problems[0].tree.reward, result.tree.reward)
+
+
+# ---- predictions
+
+
+def test_predictions_of_several_images_ride_together_and_cost_nothing() -> None:
+    found: dict[int, Gains] = {}
+
+    def asking(problem: Problem) -> Asks:
+        nodes = yield from draw(problem, 1 + problem.index)
+        yield from denoise(problem, nodes)
+        strides = (1, 2) if problem.index < 2 else (4, 1, 8)
+        found[problem.index] = yield from predict_gain(problem, nodes, strides)
+        leaves = yield from step(problem, nodes, stride=NUM_STEPS, eta=None)
+        yield from reward(problem, leaves)
+
+    results = search(Asking(asking), small_environment(3, NUM_STEPS), nfe=3)
+    together, found = found, {}
+    assert [result.spent.nfe for result in results] == [1, 2, 3]
+    assert [gains.mean_gain.shape for gains in together.values()] == [(1, 2), (2, 2), (3, 3)]
+    for index in range(3):
+        alone = small_environment(3, NUM_STEPS)
+        (problem,) = problems_of(alone, Budget(nfe=3), [index])
+        for _ in step_by_hand(Asking(asking), problem, alone):
+            pass
+        for one, other in zip(found[index], together[index], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
 # ---- guidance

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from mctd_diffusers.errors import ConfigError, RewardError, SearchError
 from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
 from mctd_diffusers.search.budget import Budget, StopReason
-from mctd_diffusers.search.environment import Asks, Release
+from mctd_diffusers.search.environment import Asks, Gains, Handles, Release
 from mctd_diffusers.search.log import SearchLog
-from mctd_diffusers.search.moves import draw, finish_plainly
+from mctd_diffusers.search.moves import denoise, draw, finish_plainly, predict_gain
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.runner import SearchResult, Strategy, Wave, rebuild, run_search
 from mctd_diffusers.search.saving import has_saved_search, load_search, save_search
@@ -103,6 +103,38 @@ def assert_same_search(ones: Sequence[SearchResult], others: Sequence[SearchResu
         assert [reply.spent for reply in one.replies] == [reply.spent for reply in other.replies]
         for reply, same in zip(one.replies, other.replies, strict=True):
             np.testing.assert_array_equal(reply.result, same.result)
+
+
+# ---- predictions
+
+
+def test_predictions_come_back_from_a_log_bit_for_bit(tmp_path: Path) -> None:
+    odd = np.array([[0.1, np.nan], [-np.inf, -0.0]])
+
+    class Odd(MixtureEnvironment):
+        def predict_gain(self, handles: Handles, strides: Sequence[int]) -> Gains:
+            assert strides == ((1, 2) if len(handles) == 2 else (3,))
+            return Gains(*(odd[: len(handles), : len(strides)] * (1 + i) for i in range(4)))
+
+    found: list[Gains] = []
+
+    def asking(problem: Problem) -> Asks:
+        nodes = yield from draw(problem, 2 - problem.index)
+        yield from denoise(problem, nodes)
+        found.append((yield from predict_gain(problem, nodes, (3,) if problem.index else (1, 2))))
+        yield from finish_plainly(problem, nodes)
+
+    strategy = Custom(asking)
+    world = small_environment(2, STEPS, make=Odd)
+    problems, log = problems_of(world, Budget(nfe=8)), SearchLog()
+    results = run_search(strategy, world, problems, log=log)
+    save(tmp_path, strategy, world, problems, log)
+    saved = load_search(tmp_path, strategy=strategy)
+    assert_same_search(results, saved.results())
+    assert len(found) == 4
+    for asked, read in zip(found[:2], found[2:], strict=True):
+        assert [part.shape for part in read] == [part.shape for part in asked]
+        assert [part.tobytes() for part in read] == [part.tobytes() for part in asked]
 
 
 # ---- stopped and resumed

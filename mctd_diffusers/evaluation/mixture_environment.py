@@ -24,10 +24,12 @@ from mctd_diffusers.evaluation.ground_truth import (
     ddim_std,
     ddim_step,
 )
+from mctd_diffusers.evaluation.mixture_gains import HardlyValued, measure_gains
 from mctd_diffusers.search.environment import (
     FIRST_DRAW,
     Action,
     Counts,
+    Gains,
     Handles,
     Ledger,
     Prices,
@@ -269,6 +271,35 @@ class MixtureEnvironment:
         noise = np.sqrt(1 - share**2) * self._noise[rows] + share * fresh
         stands = self._step_index[rows]
         return self._add(self._mean[rows], noise, self._std[rows], stands, self._problem[rows])
+
+    def predict_gain(self, handles: Handles, strides: Sequence[int]) -> Gains:
+        """What jumps from unfinished, evaluated samples would tell, measured; 0 NFE.
+
+        The call's own guidance holds, which is 1, so that of ``mixtures``.
+
+        Raises:
+            ConfigError: a reward has no ``hard_value``.
+        """
+        rows = self._known(handles)
+        self._need_evaluated(rows)
+        rows, places = np.unique(rows, return_inverse=True)
+        gains = np.empty((len(Gains._fields), len(rows), len(strides)))
+        for problem, now, group in self._groups(rows):
+            reward = self.rewards[problem]
+            if not isinstance(reward, HardlyValued):
+                raise ConfigError(
+                    f"the reward of problem {problem} has no hard_value, by which what jumps "
+                    "resolve is measured; give it one, or use stride_policy='budget'."
+                )
+            gains[:, np.searchsorted(rows, group)] = measure_gains(
+                self.mixtures[problem],
+                reward,
+                self._x[group],
+                alpha=self.alpha[now:],
+                sigma=self.sigma[now:],
+                strides=strides,
+            )
+        return Gains(*gains[:, places])
 
     def export(self, handles: Handles) -> Any:
         """Copy of the samples: ``[batch, ...]`` columns, with their evaluations and rewards."""

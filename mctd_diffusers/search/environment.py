@@ -27,6 +27,9 @@ Values: TypeAlias = npt.NDArray[np.float64]
 Seeds: TypeAlias = npt.NDArray[np.int64]
 """``[batch]`` seeds, 0 to 2**63 - 1, or :data:`FIRST_DRAW` in a :class:`Reset`."""
 
+Gain: TypeAlias = npt.NDArray[np.float64]
+"""``[batch, strides]``; NaN where a stride is longer than what is left of the schedule."""
+
 FIRST_DRAW = -1
 """Seed that stands for the initial noise that came with the problem (the stock pipeline's draw)."""
 
@@ -46,6 +49,29 @@ class Action(NamedTuple):
     stride: int
     eta: float | None = None
     guidance: float | None = None
+
+
+class Gains(NamedTuple):
+    """What jumps of several strides from samples would tell, before they are made.
+
+    Of the jumps along the deterministic path; values are calibrated, so that those of different
+    noise levels compare. NaN also where a prediction is outside what its maker knows.
+
+    Attributes:
+        mean_gain: change of the value over the jump, in reward units; about 0 where values are
+            right.
+        log_variance: natural log of the variance of the value after a stochastic jump, given the
+            sample, in squared reward units: what the jump *resolves*.
+        final_similarity: cosine of the denoised estimate after the jump with the finished latents,
+            -1 to 1.
+        log_truncation_error: natural log of the root mean square difference between the denoised
+            estimates after the jump and after fine steps, in latent units; ``-inf`` for one step.
+    """
+
+    mean_gain: Gain
+    log_variance: Gain
+    final_similarity: Gain
+    log_truncation_error: Gain
 
 
 @dataclass(frozen=True)
@@ -224,20 +250,33 @@ class Perturb:
 
 
 @dataclass(frozen=True)
+class PredictGain:
+    """Predict what jumps from unfinished, evaluated samples would tell. Reply: :class:`Gains`.
+
+    Every stride is asked of every sample; those beyond the end are answered with NaN.
+    """
+
+    handles: Handles
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Release:
     """Forget samples that the search will not touch again. Reply: ``None``."""
 
     handles: Handles
 
 
-Request: TypeAlias = Reset | Denoise | Step | Value | Reward | Renoise | Perturb | Release
+Request: TypeAlias = (
+    Reset | Denoise | Step | Value | Reward | Renoise | Perturb | PredictGain | Release
+)
 
 
 class Reply(NamedTuple):
     """The answer to one request.
 
     Attributes:
-        result: handles, values or ``None``, as the request says.
+        result: handles, values, gains or ``None``, as the request says.
         spent: useful work done for this image since its search began, this request included.
     """
 
@@ -304,6 +343,14 @@ class Environment(Protocol):
         The noise that the last edge injected (for an initial noise: the sample itself) becomes
         ``sqrt(1 - strength^2) * noise + strength * fresh``, which keeps its law; everything else of
         the edge stays as it was.
+        """
+        ...
+
+    def predict_gain(self, handles: Handles, strides: Sequence[int]) -> Gains:
+        """What jumps of each stride from unfinished, evaluated samples would tell; 0 NFE.
+
+        Raises:
+            ConfigError: there is nothing to predict it by.
         """
         ...
 

@@ -32,7 +32,8 @@ class Answer(NamedTuple):
         kind: ``"denoise"``, ``"step"``, ...: the request's name.
         checksum: of what was asked, see :func:`checksum`.
         result: ``[samples]`` new handles or values; of a release the handles released; ``[0]`` of
-            a denoise. Only of the requests that were answered.
+            a denoise; of predicted gains each request's ``[fields * samples * strides]``, flat.
+            Only of the requests that were answered.
         answered: ``[requests]`` False where the call failed for the image that asked.
         spent: ``[requests, counts]`` useful work for the image of each request since its search
             began, this call included; columns are :data:`COUNTS`.

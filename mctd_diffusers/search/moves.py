@@ -16,7 +16,9 @@ from mctd_diffusers.search.environment import (
     Action,
     Asks,
     Denoise,
+    Gains,
     Perturb,
+    PredictGain,
     Renoise,
     Reply,
     Reset,
@@ -219,6 +221,17 @@ def value(problem: Problem, nodes: Sequence[int], *, guidance: float | None = No
     reply: Reply = yield Value(problem.tree.handle[nodes], guidance)
     values: Values = reply.result
     return values
+
+
+def predict_gain(problem: Problem, nodes: Sequence[int], strides: Sequence[int]) -> Asks:
+    """Predict what jumps from evaluated, unfinished nodes would tell, at no evaluation.
+
+    Returns:
+        :class:`Gains`, each ``[nodes, strides]``; NaN where a stride is longer than what is left.
+    """
+    reply: Reply = yield PredictGain(problem.tree.handle[nodes], tuple(strides))
+    gains: Gains = reply.result
+    return gains
 
 
 def reward(problem: Problem, nodes: Sequence[int]) -> Asks:

@@ -1,12 +1,12 @@
 """Runs one strategy on many images: merges their requests into waves, keeps what is found.
 
 The loop, in one paragraph. Every image has a coroutine (``strategy.search(problem)``) that waits
-for replies. Cheap requests (release, reset, step, renoise, perturb) are answered at once; when all
-coroutines wait for something expensive, the kind with the most samples pending (denoise, value or
-reward) is answered in one call across all images, so that calls are as full as they can be. The
-runner writes what the world answered into each image's tree, keeps every finished sample, and
-stops for budget, time or Ctrl-C with the best of them. An image whose own call fails is put aside,
-and the others go on.
+for replies. Cheap requests (release, reset, step, renoise, perturb, predict gain) are answered at
+once; when all coroutines wait for something expensive, the kind with the most samples pending
+(denoise, value or reward) is answered in one call across all images, so that calls are as full as
+they can be. The runner writes what the world answered into each image's tree, keeps every finished
+sample, and stops for budget, time or Ctrl-C with the best of them. An image whose own call fails is
+put aside, and the others go on.
 
 Nothing but the answers of the environment decides what happens, so a :class:`SearchLog` of them is
 a saved search: the same loop reads the log first, and asks the environment when the log is read.
@@ -31,9 +31,11 @@ from mctd_diffusers.search.environment import (
     Counts,
     Denoise,
     Environment,
+    Gains,
     Handles,
     Ledger,
     Perturb,
+    PredictGain,
     Release,
     Renoise,
     Reply,
@@ -329,7 +331,7 @@ def replay(strategy: Strategy, problem: Problem, replies: Iterable[Reply]) -> Re
 _Asked: TypeAlias = Any
 """A request, or a tuple of what is asked (recursively)."""
 
-_CHEAP: Final[tuple[type[Request], ...]] = (Release, Reset, Step, Renoise, Perturb)
+_CHEAP: Final[tuple[type[Request], ...]] = (Release, Reset, Step, Renoise, Perturb, PredictGain)
 _EXPENSIVE: Final[tuple[type[Request], ...]] = (Denoise, Value, Reward)
 
 
@@ -669,8 +671,8 @@ class _Queue:
             if not is_answered:
                 replies.append(None)
                 continue
-            end = offset + leaf.size
-            result = None if kind in _WITHOUT_RESULT else entry.result[offset:end]
+            end = offset + _num_logged(leaf)
+            result = _read_result(leaf, entry.result[offset:end])
             offset = end
             spent = counts_of(row)
             self._ledger.by_problem[leaf.image.problem.index] = leaf.image.before + spent
@@ -691,6 +693,8 @@ def _call(environment: Environment, kind: type[Request], leaves: Sequence[_Leaf]
     result = _CALLS[kind](environment, leaves, sizes)
     if result is None:
         return [None] * len(leaves)
+    if isinstance(result, list):
+        return result
     parts, start = [], 0
     for size in sizes:
         parts.append(result[start : start + size])
@@ -701,14 +705,34 @@ def _call(environment: Environment, kind: type[Request], leaves: Sequence[_Leaf]
 def _joined(
     kind: type[Request], leaves: Sequence[_Leaf], results: Sequence[Any]
 ) -> npt.NDArray[Any]:
-    """What an entry of the log keeps: results, or the handles that were released."""
+    """What an entry of the log keeps, flat: results, or the handles that were released."""
     empty = np.empty(0, dtype=np.int64)
     if kind is Denoise:
         return empty
     if kind is Release:
         return _handles_of(leaves)
-    parts = [result for result in results if result is not _FAILED]
+    parts = [
+        np.ravel(result) if kind is PredictGain else result
+        for result in results
+        if result is not _FAILED
+    ]
     return np.concatenate(parts) if parts else empty
+
+
+def _num_logged(leaf: _Leaf) -> int:
+    """Numbers by which an entry of the log answers a request."""
+    if leaf.kind is PredictGain:
+        return len(Gains._fields) * leaf.size * len(leaf.request.strides)
+    return leaf.size
+
+
+def _read_result(leaf: _Leaf, logged: npt.NDArray[Any]) -> Any:
+    """The result of a request from its numbers in an entry of the log."""
+    if leaf.kind in _WITHOUT_RESULT:
+        return None
+    if leaf.kind is PredictGain:
+        return Gains(*logged.reshape(len(Gains._fields), leaf.size, len(leaf.request.strides)))
+    return logged
 
 
 def _checksum_of(leaves: Sequence[_Leaf]) -> int:
@@ -770,6 +794,21 @@ def _call_perturb(
     return environment.perturb(_handles_of(leaves), np.repeat(strengths, sizes), seeds)
 
 
+def _call_predict_gain(
+    environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]
+) -> list[Gains]:
+    """One call for the requests of equal strides."""
+    del sizes
+    found: dict[_Leaf, Gains] = {}
+    for strides in dict.fromkeys(leaf.request.strides for leaf in leaves):
+        mine = [leaf for leaf in leaves if leaf.request.strides == strides]
+        gains = np.array(environment.predict_gain(_handles_of(mine), strides), dtype=np.float64)
+        ends = np.cumsum([leaf.size for leaf in mine])[:-1]
+        parts = np.split(gains, ends, axis=1)
+        found |= {leaf: Gains(*part) for leaf, part in zip(mine, parts, strict=True)}
+    return [found[leaf] for leaf in leaves]
+
+
 def _call_denoise(environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]) -> None:
     del sizes
     environment.denoise(_handles_of(leaves))
@@ -802,6 +841,7 @@ _CALLS: Final[dict[type[Request], Callable[[Environment, Sequence[_Leaf], Sequen
     Step: _call_step,
     Renoise: _call_renoise,
     Perturb: _call_perturb,
+    PredictGain: _call_predict_gain,
     Denoise: _call_denoise,
     Value: _call_value,
     Reward: _call_reward,
