@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # Before anything imports torch or huggingface_hub, and for the processes that tests start. One
 # thread: tests run side by side, and pictures are bit-equal only at equal numbers of threads.
@@ -26,6 +28,9 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 import tests.typechecking
+
+if TYPE_CHECKING:
+    from tests.pipelines.hub import HubServer
 
 # Every call of the package is checked against its signature, shapes included.
 install_import_hook("mctd_diffusers", f"{tests.typechecking.__name__}.check_types")
@@ -79,3 +84,23 @@ def vae() -> Any:
     from tests.tiny_models import tiny_vae
 
     return tiny_vae()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub on this machine, which the client takes for the real one; with an empty cache."""
+    from huggingface_hub import constants, hf_api
+
+    from tests.pipelines.hub import serving
+
+    with serving() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        yield server
