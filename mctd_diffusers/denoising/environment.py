@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,7 @@ from mctd_diffusers.search.environment import (
     FIRST_DRAW,
     Action,
     Counts,
+    Gains,
     Handles,
     Ledger,
     Prices,
@@ -53,9 +54,6 @@ from mctd_diffusers.search.environment import (
     Values,
 )
 from mctd_diffusers.search.settings import check_setting, is_number
-
-if TYPE_CHECKING:
-    from mctd_diffusers.search.environment import Gains
 
 
 class LatentEnvironment:

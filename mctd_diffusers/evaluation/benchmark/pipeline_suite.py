@@ -30,7 +30,7 @@ from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.rewards.calls import call_reward, reward_name
 from mctd_diffusers.search.environment import Prices
 
-_GOLD_CALL: Final = 8  # pictures in every call of the gold, so that a score knows no batch
+_GOLD_CALL: Final = 8  # pictures
 
 
 class GoldScores(NamedTuple):
@@ -149,7 +149,7 @@ class PipelineSuite:
         if any(search.stop_reason == "interrupted" for search in searches):
             raise KeyboardInterrupt
         memory = peak_memory(device)
-        scores = self._judged(output.images, task.prompts)
+        scores = judged(self._gold, output.images, task.prompts)
         runs = [
             run_of(
                 task,
@@ -190,16 +190,17 @@ class PipelineSuite:
             "time_budget_s": task.seconds,
         }
 
-    def _judged(self, images: Tensor, prompts: Sequence[str]) -> GoldScores:
-        """Scores in calls of one size, filled by repetition."""
-        gold: list[float] = []
-        right: list[bool] = []
-        for chunk in chunks(len(prompts), _GOLD_CALL):
-            pictures = images[chunk.rows][chunk.filled]
-            scores = self._gold(pictures, [prompts[chunk.rows][i] for i in chunk.filled])
-            gold += scores.gold[: chunk.useful].tolist()
-            right += [] if scores.all_right is None else scores.all_right[: chunk.useful]
-        return GoldScores(np.array(gold), right or None)
+
+def judged(gold: Gold, images: Tensor, prompts: Sequence[str]) -> GoldScores:
+    """Scores in calls of one size, filled by repetition, so that a score knows no batch."""
+    scores: list[float] = []
+    right: list[bool] = []
+    for chunk in chunks(len(prompts), _GOLD_CALL):
+        pictures = images[chunk.rows][chunk.filled]
+        said = gold(pictures, [prompts[chunk.rows][i] for i in chunk.filled])
+        scores += said.gold[: chunk.useful].tolist()
+        right += [] if said.all_right is None else said.all_right[: chunk.useful]
+    return GoldScores(np.array(scores), right or None)
 
 
 def _weights_of(pipe: MCTDPipeline, gold: Gold) -> dict[str, str]:

@@ -1,0 +1,246 @@
+"""Gain models: what jumps from a sample would tell, from a head, a rule of thumb, or by trying.
+
+And what jumps cost the *typical* sample, from which a search plans the rest of a schedule by
+dynamic programming (``search/strides.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers.schedulers.scheduling_utils import AysSchedules
+from jaxtyping import Float
+from torch import Tensor
+
+from mctd_diffusers.denoising.denoiser import chunks
+from mctd_diffusers.denoising.stepper import Stepper
+from mctd_diffusers.search.environment import Action, Gains, Handles
+from mctd_diffusers.search.seeding import child_seed
+from mctd_diffusers.search.tree import STEP
+
+if TYPE_CHECKING:
+    from mctd_diffusers.denoising.environment import LatentEnvironment
+
+Floats = npt.NDArray[np.float64]
+AYS_TIMESTEPS: Final[tuple[int, ...]] = tuple(AysSchedules["StableDiffusionTimesteps"])
+"""Ten steps of Stable Diffusion 1.5 by Align Your Steps (Sabour et al., 2024, arXiv 2404.14507)."""
+
+
+@runtime_checkable
+class GainHead(Protocol):
+    """A trained head, see `models.ige.InformationGainEvaluator`."""
+
+    jump_log_snr: Tensor
+    jump_cost: Tensor
+
+    def predict(
+        self,
+        features: Mapping[str, Float[Tensor, "batch _"]] | None,
+        source_log_snr: Float[Tensor, " batch"],
+        target_log_snr: Float[Tensor, "batch jumps"],
+    ) -> Gains:
+        """Predict jumps of every state, of the typical one where ``features`` are ``None``."""
+        ...
+
+
+class HeadGains:
+    """Predictions of a trained head from the features of a sample.
+
+    It is called for a fixed number of samples at once, so that a prediction does not depend, in its
+    last bits, on how many others there are.
+
+    Args:
+        head: the information gain evaluator.
+        rows_per_call: samples in each call.
+    """
+
+    reads_change = False
+
+    def __init__(self, head: GainHead, rows_per_call: int) -> None:
+        self._head = head
+        self._rows_per_call = rows_per_call
+
+    def __call__(
+        self, environment: LatentEnvironment, handles: Handles, strides: Sequence[int]
+    ) -> Gains:
+        """From features and noise levels; NaN past the end, and where the head knows nothing."""
+        features = environment.features(handles)
+        source, target = _log_snr_of(
+            environment.stepper, environment.step_indices(handles), strides
+        )
+        parts = []
+        for chunk in chunks(len(handles), self._rows_per_call):
+            filled = {name: chunk.fill(rows[chunk.rows]) for name, rows in features.items()}
+            predicted = self._head.predict(
+                filled, chunk.fill(source[chunk.rows]), chunk.fill(target[chunk.rows])
+            )
+            parts.append([part[: chunk.useful] for part in predicted])
+        return Gains(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))
+
+
+class EstimateChange:
+    """The rule of thumb of adaptive solvers: the denoised estimate goes on as fast as it went.
+
+    With ``r`` the rms change of the estimate since the parent by the change of log-SNR, a jump over
+    ``h`` that holds the estimate still is off by about ``r h^2 / 2``. Not known of an initial
+    noise, which has no parent.
+    """
+
+    reads_change = True
+
+    def __call__(
+        self, environment: LatentEnvironment, handles: Handles, strides: Sequence[int]
+    ) -> Gains:
+        """From the change since the parent."""
+        source, target = _log_snr_of(
+            environment.stepper, environment.step_indices(handles), strides
+        )
+        rate = environment.estimate_change(handles)
+        with np.errstate(divide="ignore"):
+            error = np.log(rate[:, None] * (target - source[:, None]).double().numpy() ** 2 / 2)
+        nothing = np.full_like(error, np.nan)
+        return Gains(nothing, nothing, nothing, error)
+
+
+class MeasuredGains:
+    """The truth, by trying: jumps, fine steps and siblings are really made, beside the search.
+
+    An upper bound of predictions, not a method: what it spends is charged to the call as a whole
+    and to no image.
+
+    Args:
+        siblings: stochastic draws of each jump, by which the resolved variance is estimated; below
+            2 it is not.
+    """
+
+    reads_change = False
+
+    def __init__(self, siblings: int = 0) -> None:
+        self._siblings = siblings
+
+    def __call__(
+        self, environment: LatentEnvironment, handles: Handles, strides: Sequence[int]
+    ) -> Gains:
+        """By trying; NaN of what is not tried."""
+        aside = environment.aside()
+        gains = [
+            self._measure(aside, environment.export(handles[i : i + 1]), strides)
+            for i in range(len(handles))
+        ]
+        environment.ledger.charge_shared(aside.ledger.total)
+        return Gains(*(np.stack(rows) for rows in zip(*gains, strict=True)))
+
+    def _measure(
+        self, world: LatentEnvironment, exported: Any, strides: Sequence[int]
+    ) -> tuple[Floats, Floats, Floats, Floats]:
+        """Gains of one sample, ``[strides]`` each."""
+        handle = world.restore(exported)
+        left = world.num_steps - world.step_indices(handle)[0]
+        mean, variance, error = (np.full(len(strides), np.nan) for _ in range(3))
+        jumps = {
+            stride: world.step(handle, [Action(stride, 0.0)], np.zeros(1, dtype=np.int64))
+            for stride in strides
+            if stride <= left
+        }
+        path = handle
+        for fine in range(1, max(jumps, default=0) + 1):
+            world.denoise(path)
+            path = world.step(path, [Action(1, 0.0)], np.zeros(1, dtype=np.int64))
+            if fine in jumps:
+                reference, arrived = _estimate(world, path), _estimate(world, jumps[fine])
+                column = strides.index(fine)
+                with np.errstate(divide="ignore"):
+                    error[column] = np.log((arrived - reference).square().mean().sqrt().item())
+        for column, stride in enumerate(strides):
+            if self._siblings > 1 and stride <= left:
+                values = self._sibling_values(world, handle, stride)
+                mean[column] = values.mean() - world.value(handle)[0]
+                with np.errstate(divide="ignore"):
+                    variance[column] = np.log(values.var(ddof=1))
+        return mean, variance, np.full(len(strides), np.nan), error
+
+    def _sibling_values(self, world: LatentEnvironment, handle: Handles, stride: int) -> Floats:
+        seeds = [child_seed(0, STEP, stride, draw) for draw in range(self._siblings)]
+        parents = np.repeat(handle, self._siblings)
+        drawn = world.step(parents, [Action(stride, 1.0)] * self._siblings, np.array(seeds))
+        if world.step_indices(drawn[:1])[0] == world.num_steps:
+            return world.reward(drawn)
+        world.denoise(drawn)
+        return world.value(drawn)
+
+
+def _estimate(world: LatentEnvironment, handle: Handles) -> Tensor:
+    """The denoised estimate of a sample, evaluated where it is unfinished."""
+    if world.step_indices(handle)[0] < world.num_steps:
+        world.denoise(handle)
+    return world.denoised(handle).float()
+
+
+def _log_snr_of(
+    stepper: Stepper, step_indices: Sequence[int], strides: Sequence[int]
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch strides"]]:
+    """Log-SNR of samples, and of where strides lead; NaN where they lead past the end."""
+    levels = torch.cat([stepper.log_snr, torch.tensor([torch.nan])])
+    here = torch.tensor(list(step_indices))
+    there = here[:, None] + torch.tensor(list(strides))
+    return levels[here], levels[there.clamp(max=stepper.num_steps + 1)]
+
+
+# What jumps cost the typical sample
+
+
+def ays_costs(stepper: Stepper, strides: Sequence[int]) -> Floats:
+    """Align Your Steps for any number of steps: equal parts of the way that its ten steps divide.
+
+    The published steps are knots of a monotone curve over log-SNR, linear between them. The sum of
+    the squares of its increments is least where they are equal.
+    """
+    alphas = stepper.alphas_cumprod[list(AYS_TIMESTEPS)].double()
+    levels = stepper.log_snr.double().numpy()
+    knots = np.append((alphas / (1 - alphas)).log().numpy(), levels[-1])
+    way = np.interp(levels, knots, np.linspace(0, 1, len(knots)))
+    return _between(way, strides, lambda here, there: (there - here) ** 2)
+
+
+def change_costs(stepper: Stepper, strides: Sequence[int]) -> Floats:
+    """Those of :class:`EstimateChange`, for an estimate that moves by 1 at a constant rate."""
+    levels = stepper.log_snr.double().numpy()
+    rate = 1 / (levels[-1] - levels[0])
+    return _between(levels, strides, lambda here, there: rate * (there - here) ** 2 / 2)
+
+
+def gits_costs(stepper: Stepper, strides: Sequence[int], head: GainHead) -> Floats:
+    """Mean latent error of one jump against the fine path (Chen et al., 2024, arXiv 2405.11326).
+
+    From the table that came with a head, which was computed on the trajectories it learned from.
+    """
+    known, table = head.jump_log_snr.double().numpy(), head.jump_cost.double().numpy()
+    table = np.nan_to_num(table, nan=0.0, posinf=0.0)  # of no jump at all, which costs nothing
+    levels = stepper.log_snr.double().numpy()
+    by_target = np.stack([np.interp(levels, known, row) for row in table])
+    every = np.stack([np.interp(levels, known, column) for column in by_target.T], axis=1)
+    points = np.arange(len(levels))
+    return _between(points, strides, lambda here, there: every[here, there])
+
+
+def typical_gains(stepper: Stepper, strides: Sequence[int], head: GainHead) -> Gains:
+    """What a head says of the typical sample at every step index, ``[num_steps, strides]``."""
+    return head.predict(None, *_log_snr_of(stepper, range(stepper.num_steps), strides))
+
+
+def _between(
+    along: npt.NDArray[Any],
+    strides: Sequence[int],
+    cost: Callable[[npt.NDArray[Any], npt.NDArray[Any]], Floats],
+) -> Floats:
+    """``[num_steps, strides]`` costs of jumps; infinite past the end."""
+    num_steps = len(along) - 1
+    costs = np.full((num_steps, len(strides)), np.inf)
+    for column, stride in enumerate(strides):
+        if stride <= num_steps:
+            costs[: num_steps + 1 - stride, column] = cost(along[:-stride], along[stride:])
+    return costs
