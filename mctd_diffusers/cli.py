@@ -1,4 +1,4 @@
-"""The command line: ``mctd generate | compare | demo | bench | diagnose | evaluate-model``.
+"""The command line: ``mctd generate | compare | demo | bench | diagnose | evaluate-model | ...``.
 
 A command reads its arguments, checks what can be checked at once, and only then loads torch.
 Whatever is wrong ends in one message on standard error and a non-zero exit: 2 for an argument that
@@ -44,6 +44,7 @@ from mctd_diffusers.commands.common import (
 from mctd_diffusers.commands.diagnose import diagnose
 from mctd_diffusers.commands.drawing import about, budget_in_words, draw, prices_of
 from mctd_diffusers.commands.generate import generate
+from mctd_diffusers.commands.log_trajectories import log_trajectories, relabel
 from mctd_diffusers.errors import ConfigError, MCTDError, SearchError
 
 if TYPE_CHECKING:
@@ -352,6 +353,8 @@ def demo(
 
 app.command()(bench)
 app.command()(diagnose)
+app.command("log-trajectories")(log_trajectories)
+app.command()(relabel)
 
 
 @app.command("evaluate-model")

@@ -223,7 +223,7 @@ def whole_numbers(text: str, name: str, *, least: int) -> tuple[int, ...]:
     return numbers
 
 
-def _scheduler_class(name: str, searches: Sequence[Any]) -> Any:
+def scheduler_class(name: str, searches: Sequence[Any] = ()) -> Any:
     """Find the scheduler of a short name or a class name.
 
     Raises:
@@ -339,7 +339,7 @@ def check_call(
             "rows_per_call": rows_per_call,
             "search_scheduler": None,
         },
-        scheduler=None if scheduler is None else _scheduler_class(scheduler, searches),
+        scheduler=None if scheduler is None else scheduler_class(scheduler, searches),
         device=_check_device(device),
     )
 

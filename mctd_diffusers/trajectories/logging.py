@@ -197,7 +197,8 @@ def make_scheduler(pipe: MCTDPipeline, name: str) -> SchedulerMixin:
         ConfigError: diffusers has none of that name.
     """
     kind: Any = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+    is_scheduler = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+    if not is_scheduler:
         raise ConfigError(
             f"diffusers has no scheduler {name!r}: name a class of diffusers.schedulers, such as "
             "DDIMScheduler"
