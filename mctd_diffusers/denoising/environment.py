@@ -437,7 +437,7 @@ class LatentEnvironment:
 
     @torch.no_grad()
     def estimate_change(self, handles: Handles) -> npt.NDArray[np.float64]:
-        """Change of the denoised estimate since the parent's, rms, by that of the log-SNR.
+        """Change of the denoised estimate since the parent's, rms, by that of half the log-SNR.
 
         NaN of samples that were not stepped to. Kept where the gain model reads it.
 
@@ -452,7 +452,7 @@ class LatentEnvironment:
             if sample.parent_estimate is not None:
                 before, step_index = sample.parent_estimate
                 moved = self._denoised_of([sample])[0] - before.to(self._device)
-                passed = log_snr[sample.step_index] - log_snr[step_index]
+                passed = (log_snr[sample.step_index] - log_snr[step_index]) / 2
                 changes[row] = moved.float().square().mean().sqrt() / passed
         return changes
 

@@ -85,9 +85,11 @@ class HeadGains:
 class EstimateChange:
     """The rule of thumb of adaptive solvers: the denoised estimate goes on as fast as it went.
 
-    With ``r`` the rms change of the estimate since the parent by the change of log-SNR, a jump over
-    ``h`` that holds the estimate still is off by about ``r h^2 / 2``. Not known of an initial
-    noise, which has no parent.
+    ``r`` is the rms change of the estimate since the parent, for each unit of half the log-SNR. A
+    jump over ``h`` of these holds the estimate still and arrives off by
+    ``alpha r (h - 1 + exp(-h))``, the local error of an exponential integrator of first order (Lu
+    et al., 2022, arXiv 2206.00927, equation 3.4). Not known of an initial noise, which has no
+    parent.
     """
 
     reads_change = True
@@ -100,8 +102,9 @@ class EstimateChange:
             environment.stepper, environment.step_indices(handles), strides
         )
         rate = environment.estimate_change(handles)
+        held = _held_still(source[:, None].double().numpy(), target.double().numpy())
         with np.errstate(divide="ignore"):
-            error = np.log(rate[:, None] * (target - source[:, None]).double().numpy() ** 2 / 2)
+            error = np.log(rate[:, None] * held)
         nothing = np.full_like(error, np.nan)
         return Gains(nothing, nothing, nothing, error)
 
@@ -151,10 +154,10 @@ class MeasuredGains:
             world.denoise(path)
             path = world.step(path, [Action(1, 0.0)], np.zeros(1, dtype=np.int64))
             if fine in jumps:
-                reference, arrived = _estimate(world, path), _estimate(world, jumps[fine])
-                column = strides.index(fine)
+                off = world.latents(jumps[fine]) - world.latents(path)
+                here = world.stepper.variance_preserving(off.float(), world.step_indices(path)[0])
                 with np.errstate(divide="ignore"):
-                    error[column] = np.log((arrived - reference).square().mean().sqrt().item())
+                    error[strides.index(fine)] = np.log(here.square().mean().sqrt().item())
         for column, stride in enumerate(strides):
             if self._siblings > 1 and stride <= left:
                 values = self._sibling_values(world, handle, stride)
@@ -171,13 +174,6 @@ class MeasuredGains:
             return world.reward(drawn)
         world.denoise(drawn)
         return world.value(drawn)
-
-
-def _estimate(world: LatentEnvironment, handle: Handles) -> Tensor:
-    """The denoised estimate of a sample, evaluated where it is unfinished."""
-    if world.step_indices(handle)[0] < world.num_steps:
-        world.denoise(handle)
-    return world.denoised(handle).float()
 
 
 def _log_snr_of(
@@ -209,8 +205,15 @@ def ays_costs(stepper: Stepper, strides: Sequence[int]) -> Floats:
 def change_costs(stepper: Stepper, strides: Sequence[int]) -> Floats:
     """Those of :class:`EstimateChange`, for an estimate that moves by 1 at a constant rate."""
     levels = stepper.log_snr.double().numpy()
-    rate = 1 / (levels[-1] - levels[0])
-    return _between(levels, strides, lambda here, there: rate * (there - here) ** 2 / 2)
+    rate = 2 / (levels[-1] - levels[0])
+    return _between(levels, strides, lambda here, there: rate * _held_still(here, there))
+
+
+def _held_still(source_log_snr: Floats, target_log_snr: Floats) -> Floats:
+    """Error of holding an estimate still that moves by 1 for each unit of half the log-SNR."""
+    half = (target_log_snr - source_log_snr) / 2
+    alpha = np.exp(-np.logaddexp(0, -target_log_snr) / 2)
+    return np.asarray(alpha * (half - 1 + np.exp(-half)))
 
 
 def gits_costs(stepper: Stepper, strides: Sequence[int], head: GainHead) -> Floats:

@@ -241,6 +241,17 @@ class Stepper:
         ]
         return torch.stack([*ratios, cleanest / (1 - cleanest)]).log().float()
 
+    def variance_preserving(
+        self, latents: Float[Tensor, "batch *sample"], step_index: int
+    ) -> Float[Tensor, "batch *sample"]:
+        """Samples at one step index (``num_steps``: finished) in variance-preserving units.
+
+        Those of Euler explode in variance; here ``alpha^2 + sigma^2 = 1`` for every scheduler.
+        """
+        if not self._scales_input:
+            return latents
+        return latents * self.log_snr[step_index].sigmoid().sqrt()
+
     def initial_state(self, step_index: int = 0) -> SolverState:
         """State of a sample that begins at ``step_index``, with nothing behind it."""
         self._check_unfinished(step_index)
