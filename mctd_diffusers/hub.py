@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, HfApi, ModelCardData, hf_hub_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of its HTTP library
     EntryNotFoundError,
     GatedRepoError,
@@ -41,7 +41,7 @@ def push_folder(
     commit_message: str | None = None,
     create_pr: bool = False,
     path_in_repo: str | None = None,
-    card: str | None = None,
+    card: Callable[[str], str] | None = None,
 ) -> CommitInfo:
     """Upload a folder to a repository of the Hub, which is made if there is none.
 
@@ -59,8 +59,8 @@ def push_folder(
         commit_message: by default the client's own.
         create_pr: whether to open a pull request in place of writing to the main branch.
         path_in_repo: folder of the repository to write to; by default its root.
-        card: text of ``README.md``, written into the folder where neither it nor the repository has
-            one.
+        card: makes the text of ``README.md`` from the full name of the repository; it is written
+            into the folder where neither it nor the repository has one.
 
     Returns:
         The commit: its address, with its hash as ``oid``.
@@ -76,9 +76,9 @@ def push_folder(
     api = HfApi(token=token)
     with hub_errors("push to", repo_id):
         url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-        lacks_card = card is not None and not (folder / CARD).exists()
-        if lacks_card and not api.file_exists(url.repo_id, CARD, repo_type=repo_type):
-            (folder / CARD).write_text(str(card), encoding="utf-8")
+        if card is not None and not (folder / CARD).exists():
+            if not api.file_exists(url.repo_id, CARD, repo_type=repo_type):
+                (folder / CARD).write_text(card(url.repo_id), encoding="utf-8")
         return api.upload_folder(
             repo_id=url.repo_id,
             folder_path=folder,
@@ -87,6 +87,25 @@ def push_folder(
             commit_message=commit_message,
             create_pr=create_pr,
         )
+
+
+def card_text(metadata: Mapping[str, Any], text: str) -> str:
+    """Text of a model card: its metadata, entries that are ``None`` left out, and its body."""
+    return f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{text}"
+
+
+def repository_of(source: str | os.PathLike[str] | None) -> str | None:
+    """The repository that something was loaded from; ``None`` where it was a folder."""
+    name = os.fspath(source or "")
+    is_name = is_repository(name) and "/" in name and not Path(name).exists()
+    return name if is_name else None
+
+
+def texts_beside(source: str | os.PathLike[str] | None) -> dict[str, str]:
+    """Card, licences and the like in the folder that something was loaded from, by file name."""
+    if not source or not Path(source).is_dir():
+        return {}
+    return {path.name: path.read_text(encoding="utf-8") for path in Path(source).glob("*.md")}
 
 
 @contextmanager
@@ -164,8 +183,11 @@ def hub_errors(
         reason = _reason(error, revision)
         if reason is None:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            helps = _TRY_AGAIN if isinstance(error, HTTPError) else cure
-            reason = f"{lines[0].rstrip('.:')}; {helps}"
+            reason = f"{lines[0].rstrip('.:')}; {cure}"
+            if isinstance(error, EntryNotFoundError):
+                reason = f"it lacks a file; {cure}"
+            elif isinstance(error, HTTPError):
+                reason = f"{lines[0].rstrip('.:')}; {_TRY_AGAIN}"
         raise ConfigError(f"could not {doing} {repo_id!r}: {reason}") from error
 
 

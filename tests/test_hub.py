@@ -102,13 +102,16 @@ def test_a_name_alone_is_in_the_account_of_the_token(hub: HubServer, folder: Pat
 
 
 def test_a_card_is_written_where_there_is_none(hub: HubServer, folder: Path) -> None:
-    push_folder(folder, REPO, token=TOKEN, card="# Another\n")
+    def card(repo_id: str) -> str:
+        return f"# Of {repo_id}\n"
+
+    push_folder(folder, REPO, token=TOKEN, card=card)
     assert b"# Folder" in hub.repositories[REPO].files["README.md"]
     (folder / "README.md").unlink()
-    push_folder(folder, REPO, token=TOKEN, card="# Another\n")
+    push_folder(folder, REPO, token=TOKEN, card=card)
     assert b"# Folder" in hub.repositories[REPO].files["README.md"]
-    push_folder(folder, "somebody/new", token=TOKEN, card="# Another\n")
-    assert hub.repositories["somebody/new"].files["README.md"] == b"# Another\n"
+    push_folder(folder, "new", token=TOKEN, card=card)
+    assert hub.repositories["somebody/new"].files["README.md"] == b"# Of somebody/new\n"
 
 
 # Broken connections
