@@ -1,11 +1,13 @@
 """Losses and targets of the models in the box; the scripts in ``training/`` only compose them.
 
-Sections, in this order: autoencoder, diffusion, and what the reward and the judge learn by.
+Sections, in this order: autoencoder, diffusion, and what the reward, the judge and the information
+gain evaluator learn by.
 Pictures are in [-1, 1]; every loss is a mean, so that weights do not depend on size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -301,3 +303,141 @@ def _mean_cross_entropy(
     """Return the mean over cells whose class is not -1, 0 where there is none."""
     total = F.cross_entropy(logits, classes, ignore_index=-1, reduction="sum")
     return total / cells
+
+
+# --- the information gain evaluator ---------------------------------------------------------------
+
+
+class JumpTargets(NamedTuple):
+    """What is known of jumps; NaN where it is not.
+
+    Attributes:
+        mean_gain: change of the calibrated value over the jump, in reward units.
+        sibling_variance: of the calibrated values of siblings, estimated without bias, in squared
+            reward units.
+        final_similarity: cosine of the arrived estimate with the finished latents.
+        log_truncation_error: natural log, of latent units.
+    """
+
+    mean_gain: Float[Tensor, "batch jumps"]
+    sibling_variance: Float[Tensor, "batch jumps"]
+    final_similarity: Float[Tensor, "batch jumps"]
+    log_truncation_error: Float[Tensor, "batch jumps"]
+
+
+@dataclass(frozen=True)
+class JumpWeights:
+    """Weights of the terms in `jump_loss`; that of the truncation error is one."""
+
+    variance: float = 0.5
+    gain: float = 0.5
+    similarity: float = 1.0
+    ranking: float = 0.2
+
+
+def variance_nll(
+    log_variance: Float[Tensor, "*shape"], sibling_variance: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """Return ``log v + s^2 / v``, least in expectation where v is the variance of siblings.
+
+    Of M Gaussian siblings it is the negative log likelihood of their sample variance ``s^2``, which
+    is ``v / (M - 1)`` times a chi-square number, by ``(M - 1) / 2`` and up to a constant.
+
+    Args:
+        log_variance: predicted, log v.
+        sibling_variance: s^2, estimated without bias.
+    """
+    return log_variance + sibling_variance * (-log_variance).exp()
+
+
+def pair_ranking_loss(
+    predictions: Float[Tensor, " items"],
+    targets: Float[Tensor, " items"],
+    groups: Int[Tensor, " items"],
+) -> Float[Tensor, ""]:
+    """Compare pairs of one group: ``log(1 + exp(-difference of predictions))`` of ordered pairs.
+
+    Args:
+        predictions: on the scale of the targets' logs, so that a difference of one counts.
+        targets: a pair counts by their difference.
+        groups: an integer for each item.
+
+    Returns:
+        The mean over pairs, weighted; 0 where no group has two items that differ.
+
+    Reference: Burges et al., "Learning to rank using gradient descent" (2005), equation 3.
+    """
+    gaps = (targets[:, None] - targets[None, :]).clamp(min=0)
+    weights = gaps * (groups[:, None] == groups[None, :])
+    total = weights.sum()
+    if total == 0:
+        return predictions.sum() * 0
+    wrong = F.softplus(predictions[None, :] - predictions[:, None])
+    return (weights * wrong).sum() / total
+
+
+def jump_loss(
+    predicted: Mapping[str, Float[Tensor, "batch jumps"]],
+    targets: JumpTargets,
+    states: Int[Tensor, "batch jumps"],
+    cells: Int[Tensor, "batch jumps"],
+    *,
+    reward_scale: float,
+    weights: JumpWeights = JumpWeights(),
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """Sum what an information gain evaluator learns by.
+
+    The log variance by likelihood (`variance_nll`), the mean gain by a Gaussian one of a fixed
+    variance, similarity and log truncation error by a smooth regression; and both logs by ranking:
+    jumps of one state against each other, and states of one cell against each other.
+
+    Args:
+        predicted: by the names of `InformationGainEvaluator`'s output.
+        targets: of the same jumps.
+        states: an integer for each jump, equal where they leave the same state.
+        cells: likewise, equal where they cross the same levels of the same schedule.
+        reward_scale: standard deviation of the reward, in which gains are counted.
+        weights: of the terms.
+
+    Returns:
+        The loss, and its terms by name before weighting; a term of which nothing is known is 0.
+    """
+    # Rows are picked before anything is computed: a NaN poisons gradients even where masked.
+    known = JumpTargets(*(~rows.isnan() for rows in targets))
+    rows = known.log_truncation_error
+    error, true_error = predicted["log_truncation_error"][rows], targets.log_truncation_error[rows]
+    ranking = [pair_ranking_loss(error, true_error, groups[rows]) for groups in (states, cells)]
+    terms = {"error": _mean(_smooth(error - true_error, 0.5))}
+
+    rows = known.sibling_variance
+    variance, sample = predicted["log_variance"][rows], targets.sibling_variance[rows]
+    terms["variance"] = _mean(variance_nll(variance, sample))
+    rows = rows & (targets.sibling_variance > 0)
+    variance, order = predicted["log_variance"][rows], targets.sibling_variance[rows].log()
+    ranking += [pair_ranking_loss(variance, order, groups[rows]) for groups in (states, cells)]
+
+    rows = known.mean_gain
+    gain = predicted["mean_gain"][rows] - targets.mean_gain[rows]
+    terms["gain"] = _mean((gain / reward_scale).square() / 2)
+    rows = known.final_similarity
+    similarity = predicted["final_similarity"][rows] - targets.final_similarity[rows]
+    terms["similarity"] = _mean(_smooth(similarity, 0.05))
+    terms["ranking"] = torch.stack(ranking).mean()
+    loss = terms["error"] + (
+        weights.variance * terms["variance"]
+        + weights.gain * terms["gain"]
+        + weights.similarity * terms["similarity"]
+        + weights.ranking * terms["ranking"]
+    )
+    return loss, terms
+
+
+def _mean(errors: Float[Tensor, " known"]) -> Float[Tensor, ""]:
+    """Return the mean, 0 of nothing."""
+    return errors.sum() / max(1, len(errors))
+
+
+def _smooth(errors: Float[Tensor, "*shape"], turn: float) -> Float[Tensor, "*shape"]:
+    """Return Huber's loss over its turning point: quadratic below it, with slope one above."""
+    size = errors.abs()
+    return torch.where(size < turn, errors.square() / (2 * turn), size - turn / 2)
