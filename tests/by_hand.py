@@ -31,6 +31,17 @@ from mctd_diffusers.search.tree import (
     to_json,
 )
 
+_MEASURED = {
+    "eta",
+    "guidance",
+    "total_value",
+    "max_value",
+    "value",
+    "reward",
+    "predicted_gain",
+    "predicted_error",
+}
+
 
 def step_by_hand(
     strategy: Strategy,
@@ -122,7 +133,7 @@ def assert_same_columns(
     """Whole numbers and truths must be equal, measured ones agree to nine digits."""
     assert one.keys() == other.keys()
     for name in one.keys() - set(but):
-        if name in {"eta", "guidance", "total_value", "max_value", "value", "reward"}:
+        if name in _MEASURED:
             left, right = (np.array(column[name], dtype=np.float64) for column in (one, other))
             np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-9, err_msg=name)
         else:

@@ -112,7 +112,7 @@ mctds = st.builds(
     partial(built, MCTD),
     candidates=st.none() | st.integers(1, 4),
     strides=st.sampled_from(((1,), (1, 2), (1, 2, 4, 8), (1, 3))),
-    stride_policy=st.sampled_from(("coarse_to_fine", "fine_to_coarse", "constant")),
+    stride_policy=st.sampled_from(("budget", "fine_to_coarse", "constant")),
     first_share=st.sampled_from((0.2, 0.5, 1.0)),
     wave_size=st.integers(1, 4),
     seed_share=st.sampled_from((0.0, 0.3, 0.6)),

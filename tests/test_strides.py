@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mctd_diffusers.errors import ScheduleError
 from mctd_diffusers.search.strides import (
-    StridePolicy,
+    PlanShape,
     check_strides,
     constant_strides,
     expected_maximum,
@@ -19,22 +19,22 @@ from mctd_diffusers.search.strides import (
     stride_choices,
 )
 
-policies = st.sampled_from(("coarse_to_fine", "fine_to_coarse", "constant"))
+shapes = st.sampled_from(("budget", "fine_to_coarse", "constant"))
 stride_sets = st.sampled_from(((1,), (1, 2), (1, 2, 4, 8), (1, 3)))
 
 
-@given(st.integers(1, 40), stride_sets, policies)
+@given(st.integers(1, 40), stride_sets, shapes)
 def test_every_cut_crosses_the_schedule(
-    num_steps: int, allowed: tuple[int, ...], policy: StridePolicy
+    num_steps: int, allowed: tuple[int, ...], shape: PlanShape
 ) -> None:
-    cuts = stride_choices(num_steps, allowed, policy)
+    cuts = stride_choices(num_steps, allowed, shape)
     assert (1,) * num_steps in cuts
     assert [len(cut) for cut in cuts] == sorted((len(cut) for cut in cuts), reverse=True)
     for cut in cuts:
         check_strides(cut, num_steps)
-        if policy == "coarse_to_fine":
+        if shape == "budget":
             assert list(cut) == sorted(cut, reverse=True)
-        if policy == "fine_to_coarse":
+        if shape == "fine_to_coarse":
             assert list(cut) == sorted(cut)
 
 
@@ -42,7 +42,7 @@ def test_every_cut_crosses_the_schedule(
     st.integers(1, 32),
     st.integers(0, 200),
     stride_sets,
-    policies,
+    shapes,
     st.floats(0, 40),
     st.none() | st.integers(1, 6),
     st.integers(1, 12),
@@ -51,7 +51,7 @@ def test_a_plan_keeps_its_budget_and_its_brake(
     num_steps: int,
     nfe: int,
     allowed: tuple[int, ...],
-    policy: StridePolicy,
+    shape: PlanShape,
     brake: float,
     candidates: int | None,
     edges: int,
@@ -60,7 +60,7 @@ def test_a_plan_keeps_its_budget_and_its_brake(
         num_steps,
         nfe,
         allowed=allowed,
-        policy=policy,
+        shape=shape,
         brake_nats=brake,
         edge_gain=0.4,
         candidates=candidates,
@@ -84,7 +84,7 @@ def test_more_budget_buys_finer_strides_and_more_candidates() -> None:
             16,
             nfe,
             allowed=(1, 2, 4),
-            policy="coarse_to_fine",
+            shape="budget",
             brake_nats=30,
             edge_gain=0.4,
         )

@@ -6,6 +6,7 @@ coroutines side by side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,16 @@ from mctd_diffusers.search.environment import (
 )
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.seeding import root_seed_of
+from mctd_diffusers.search.stride_policies import (
+    Costs,
+    StrideChoice,
+    StridePolicy,
+    admissible_strides,
+    choose_by_gains,
+    choose_stride,
+    cost_to_go,
+    nearest_stride,
+)
 from mctd_diffusers.search.tree import (
     DRAW,
     PERTURB,
@@ -39,6 +50,7 @@ from mctd_diffusers.search.tree import (
     add_child,
     backup,
     issue_seeds,
+    record_stride_choice,
 )
 
 
@@ -104,6 +116,44 @@ def step(
         eta=eta,
         guidance=guidance,
     )
+
+
+def step_by(
+    problem: Problem,
+    parents: Sequence[int],
+    choices: Sequence[StrideChoice],
+    *,
+    eta: float | None,
+    guidance: float | None = None,
+) -> Asks:
+    """Like :func:`step`, each over the stride that was chosen for it, which the tree records.
+
+    Returns:
+        The rows of the children, in order.
+    """
+    strides = sorted({choice.stride for choice in choices})
+    places = [[i for i, choice in enumerate(choices) if choice.stride == k] for k in strides]
+    made = yield from gather(
+        *(
+            step(problem, [parents[i] for i in some], stride=stride, eta=eta, guidance=guidance)
+            for stride, some in zip(strides, places, strict=True)
+        )
+    )
+    child_at = {
+        place: node
+        for some, nodes in zip(places, made, strict=True)
+        for place, node in zip(some, nodes, strict=True)
+    }
+    children = [child_at[place] for place in range(len(choices))]
+    for node, choice in zip(children, choices, strict=True):
+        record_stride_choice(
+            problem.tree,
+            node,
+            reason=choice.reason,
+            predicted_gain=choice.predicted_gain,
+            predicted_error=choice.predicted_error,
+        )
+    return children
 
 
 def check_guidance(problem: Problem, guidance: float | None) -> None:
@@ -300,6 +350,140 @@ def finish(
         nodes = yield from step(problem, nodes, stride=stride, eta=eta, guidance=guidance)
     yield from reward(problem, nodes)
     return nodes
+
+
+def finish_by_policy(
+    problem: Problem,
+    nodes: Sequence[int],
+    *,
+    policy: StridePolicy,
+    strides: tuple[int, ...],
+    edges: int,
+    costs: Costs | None,
+    error_tolerance: float = math.inf,
+) -> Asks:
+    """Step ``nodes`` to the end by exactly so many edges each, and score them.
+
+    The strides are chosen for each node by itself, see :func:`choose_strides`, the steps are as the
+    user's scheduler says.
+
+    Returns:
+        The rows of the finished nodes, in order.
+    """
+    nodes = list(nodes)
+    for left in range(edges, 0, -1):
+        todo = [node for node in nodes if not problem.tree.evaluated[node]]
+        if todo:
+            yield from denoise(problem, todo)
+        choices = yield from choose_strides(
+            problem,
+            nodes,
+            policy=policy,
+            strides=strides,
+            edges=left,
+            costs=costs,
+            error_tolerance=error_tolerance,
+        )
+        nodes = yield from step_by(problem, nodes, choices, eta=None)
+    yield from reward(problem, nodes)
+    return nodes
+
+
+def choose_strides(
+    problem: Problem,
+    nodes: Sequence[int],
+    *,
+    policy: StridePolicy,
+    strides: tuple[int, ...],
+    edges: int,
+    costs: Costs | None,
+    error_tolerance: float = math.inf,
+) -> Asks:
+    """Choose the next stride of each node, so that ``edges`` edges cross what is left.
+
+    Asks for predictions where the policy judges samples one by one and there is a choice. What is
+    not predicted falls back to typical costs, and these, where they forbid all, to an even cut.
+
+    Args:
+        problem: the image.
+        nodes: evaluated rows, at any step indices.
+        policy: chooses; not one that is planned.
+        strides: to choose from; that ``edges`` of them cross what is left is the caller's to check.
+        edges: left to take from each node, the next one included.
+        costs: of jumps of the typical sample, by ``strides``; where the policy needs them.
+        error_tolerance: a stride of a greater predicted truncation error (latent units) is not
+            taken, unless it is the shortest that fits.
+
+    Returns:
+        A :class:`StrideChoice` for each node, in order.
+    """
+    stands = [int(step_index) for step_index in problem.tree.step_index[nodes]]
+    fits = [admissible_strides(strides, problem.num_steps - stand, edges) for stand in stands]
+    choices = {
+        place: StrideChoice(options[0], "only")
+        for place, options in enumerate(fits)
+        if len(options) == 1
+    }
+    to_go = None if costs is None else cost_to_go(costs, strides, problem.num_steps)
+    judged = [place for place in range(len(nodes)) if place not in choices]
+    if policy.target is not None and judged and to_go is not None:
+        asked = tuple(sorted({stride for place in judged for stride in fits[place]}))
+        gains: Gains = yield from predict_gain(problem, [nodes[i] for i in judged], asked)
+        for place, *rows in zip(judged, *gains, strict=True):
+            choice = choose_by_gains(
+                Gains(*rows),
+                to_go,
+                target=policy.target,
+                strides=asked,
+                admissible=fits[place],
+                step_index=stands[place],
+                edges=edges,
+                error_tolerance=error_tolerance,
+            )
+            if choice is not None:
+                choices[place] = choice
+    for place, node in enumerate(nodes):
+        if place not in choices:
+            choices[place] = _choose_alike(
+                problem, node, fits[place], policy=policy, strides=strides, edges=edges, costs=costs
+            )
+    return [choices[place] for place in range(len(nodes))]
+
+
+def _choose_alike(
+    problem: Problem,
+    node: int,
+    admissible: Sequence[int],
+    *,
+    policy: StridePolicy,
+    strides: tuple[int, ...],
+    edges: int,
+    costs: Costs | None,
+) -> StrideChoice:
+    """The stride of a node by nothing that tells it from the typical sample, but by chance."""
+    tree = problem.tree
+    step_index = int(tree.step_index[node])
+    even = nearest_stride(admissible, (problem.num_steps - step_index) / edges)
+    if policy.kind == "uniform":
+        return StrideChoice(even, "uniform")
+    if policy.kind == "fixed":
+        return StrideChoice(nearest_stride(admissible, policy.stride), "fixed")
+    if policy.kind == "random":
+        # By the path to the node, so that no other sample decides it.
+        path = f"stride|{tree.seed[node]}|{step_index}|{edges}|{len(tree.children(node))}"
+        return StrideChoice(int(generator_for(problem, path).choice(admissible)), "random")
+    if costs is not None:
+        stride = choose_stride(
+            costs[step_index],
+            cost_to_go(costs, strides, problem.num_steps),
+            strides=strides,
+            admissible=admissible,
+            step_index=step_index,
+            edges=edges,
+        )
+        if stride is not None:
+            return StrideChoice(stride, "fallback" if policy.target else policy.kind)
+    return StrideChoice(even, "fallback")
 
 
 def back_up(problem: Problem, leaves: Sequence[int]) -> None:

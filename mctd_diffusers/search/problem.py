@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from mctd_diffusers.errors import ConfigError
@@ -24,6 +25,9 @@ class Problem:
         guidance_scale: the call's scale of guidance, where moves may name another; else ``None``.
         value_spends: what valuing one unfinished sample spends.
         reward_spends: what scoring one finished sample spends.
+        stride_costs: ``[num_steps][strides]`` additive costs of jumps of the typical sample, by the
+            strides of the strategy; lower is better, infinite where a jump may not be taken.
+            ``None`` where no policy needs them.
         tree: the search tree, empty but for its root.
         account: what is spent and what is left; the runner keeps it up to date.
     """
@@ -37,14 +41,32 @@ class Problem:
     guidance_scale: float | None = None
     value_spends: Counts = VALUE_SPENDS
     reward_spends: Counts = REWARD_SPENDS
+    stride_costs: tuple[tuple[float, ...], ...] | None = None
     tree: Tree = field(init=False, compare=False, repr=False)
     account: Account = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise ConfigError(f"num_steps is {self.num_steps}; a schedule has at least 1 step.")
+        if self.stride_costs is not None:
+            _check_stride_costs(self.stride_costs, self.num_steps)
         account = Account(
             self.budget, self.prices, self.rows_per_nfe, self.value_spends, self.reward_spends
         )
         object.__setattr__(self, "tree", Tree(self.root_seed))
         object.__setattr__(self, "account", account)
+
+
+def _check_stride_costs(costs: tuple[tuple[float, ...], ...], num_steps: int) -> None:
+    """Refuse costs that are not of this schedule, or no numbers to add up."""
+    widths = sorted({len(row) for row in costs})
+    if len(costs) != num_steps or len(widths) != 1:
+        raise ConfigError(
+            f"stride_costs have {len(costs)} rows of {widths} strides, and the schedule has "
+            f"{num_steps} steps; give a row of all strides for each step."
+        )
+    if any(math.isnan(cost) or cost == -math.inf for row in costs for cost in row):
+        raise ConfigError(
+            "stride_costs hold NaN or minus infinity; give numbers, and infinity for jumps that "
+            "may not be taken."
+        )

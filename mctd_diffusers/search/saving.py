@@ -219,6 +219,8 @@ def _problem_of(saved: dict[str, Any]) -> Problem:
         "reward_spends": Counts,
     }
     read = {name: kinds[name](**of) if name in kinds else of for name, of in saved.items()}
+    if read.get("stride_costs") is not None:
+        read["stride_costs"] = tuple(map(tuple, read["stride_costs"]))
     return Problem(**read)
 
 

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
 from mctd_diffusers.errors import ScheduleError
 
-StridePolicy: TypeAlias = Literal["coarse_to_fine", "fine_to_coarse", "constant"]
-"""Where the long strides of a rollout stand: early, late, or everywhere alike."""
+PlanShape: TypeAlias = Literal["budget", "fine_to_coarse", "constant"]
+"""Where the long strides of a planned rollout stand: early, late, or everywhere alike."""
+PLAN_SHAPES: Final[tuple[PlanShape, ...]] = get_args(PlanShape)
 
 
 class Plan(NamedTuple):
@@ -86,15 +87,15 @@ def shrinking_strides(num_steps: int, allowed: Sequence[int], share: float) -> t
 
 @lru_cache(maxsize=1024)
 def stride_choices(
-    num_steps: int, allowed: tuple[int, ...], policy: StridePolicy
+    num_steps: int, allowed: tuple[int, ...], shape: PlanShape
 ) -> tuple[tuple[int, ...], ...]:
-    """Ways to cut ``num_steps`` by a policy, from the finest to the coarsest."""
-    if policy == "constant":
+    """Ways to cut ``num_steps`` in a shape, from the finest to the coarsest."""
+    if shape == "constant":
         cuts = {constant_strides(num_steps, stride) for stride in allowed if stride <= num_steps}
     else:
         shares = {stride / left for stride in allowed for left in range(1, num_steps + 1)}
         cuts = {shrinking_strides(num_steps, allowed, share) for share in shares if share <= 1}
-        if policy == "fine_to_coarse":
+        if shape == "fine_to_coarse":
             cuts = {cut[::-1] for cut in cuts}
     return tuple(sorted(cuts, key=lambda cut: (-len(cut), cut)))
 
@@ -117,35 +118,43 @@ def plan_rollout(
     nfe: int,
     *,
     allowed: tuple[int, ...],
-    policy: StridePolicy,
+    shape: PlanShape,
     brake_nats: float,
     edge_gain: float,
     candidates: int | None = None,
     least_edges: int = 1,
+    resolved: tuple[float, ...] | None = None,
 ) -> Plan | None:
     """Cut what is left of the schedule and share out candidates, for the most selection per NFE.
 
     Choosing the best of ``M`` on each of ``S`` edges gains about ``S ** edge_gain *
     expected_maximum(M)``: a half if all edges resolved equally much of the reward, less since early
-    ones resolve little. Among the cuts that a policy offers, the one with the highest gain is
-    taken; NFE that do not divide go to the late edges.
+    ones resolve little. Where it is known what edges resolve, that power gives way to a sum: the
+    best of ``M`` children of a sample gains ``expected_maximum(M)`` times the deviation of their
+    values, ``sqrt(Var(V_child | x))``, so a rollout gains ``expected_maximum(M)`` times the sum of
+    these deviations over the edges that select. Among the cuts of a shape, the one with the highest
+    gain is taken; NFE that do not divide go to the late edges.
 
     Args:
         num_steps: schedule steps left, at least 1; the node they leave is evaluated already.
         nfe: evaluations that may be spent.
         allowed: strides to choose from.
-        policy: where long strides stand.
+        shape: where long strides stand.
         brake_nats: bound on the sum of the log of candidates.
         edge_gain: exponent of the number of selections, 0 to 0.5.
         candidates: candidates of each edge where they are given; ``None`` to choose them.
         least_edges: fewest edges of the whole rollout (or all that fit, if there are fewer).
+        resolved: deviations that so many edges (from 0 on) resolve in sum, in reward units; minus
+            infinity where so many cannot be taken. ``None`` for the power.
 
     Returns:
         The plan, ``plan.nfe <= nfe``; ``None`` if not even single candidates are paid for.
     """
     best: tuple[float, Plan] | None = None
-    for strides in stride_choices(num_steps, allowed, policy):
+    for strides in stride_choices(num_steps, allowed, shape):
         selections = len(strides) - 1
+        if resolved is not None and resolved[len(strides)] == -math.inf:
+            continue
         if selections + 1 < min(least_edges, num_steps) or selections > nfe:
             continue
         if selections == 0:
@@ -164,10 +173,24 @@ def plan_rollout(
                 extra -= 1
                 counts = [int(mean)] * (selections - extra) + [int(mean) + 1] * extra
             plan = Plan(strides, (*counts, 1))
-        gain = selections**edge_gain * expected_maximum(mean)
+        deviations = selections**edge_gain if resolved is None else resolved[len(strides)]
+        gain = deviations * expected_maximum(mean)
         if best is None or gain > best[0]:
             best = (gain, plan)
     return None if best is None else best[1]
+
+
+def check_stride_set(strides: Sequence[int]) -> tuple[int, ...]:
+    """The strides that an edge may cross, as a tuple.
+
+    Raises:
+        ScheduleError: there are none, one stands there twice, or one is below 1.
+    """
+    if not strides or min(strides) < 1 or len(set(strides)) < len(strides):
+        raise ScheduleError(
+            f"strides are {tuple(strides)}; give at least one, each at least 1 and once."
+        )
+    return tuple(strides)
 
 
 def check_strides(strides: Sequence[int], num_steps: int) -> None:

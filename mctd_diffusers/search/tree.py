@@ -35,6 +35,26 @@ RENOISE: Final = 3
 PERTURB: Final = 4
 """Move of an edge to a variant of the same step index, with other noise on its last edge."""
 
+STRIDE_REASONS: Final = (
+    "",
+    "budget",
+    "fine_to_coarse",
+    "constant",
+    "fixed",
+    "uniform",
+    "random",
+    "ays",
+    "gits",
+    "gain",
+    "tolerance",
+    "only",
+    "fallback",
+)
+"""What the column ``stride_reason`` numbers: no policy chose; the plan of that name; as fixed;
+evenly; by chance; by a table of typical costs; by predicted gain; the same among strides whose
+predicted error is tolerated; as the only one that fits; by typical costs or evenly, since what the
+policy asks for was not known."""
+
 Nodes: TypeAlias = npt.NDArray[np.int64]
 
 _COLUMNS: Final[dict[str, tuple[type[Any], Any]]] = {
@@ -55,6 +75,9 @@ _COLUMNS: Final[dict[str, tuple[type[Any], Any]]] = {
     "reward": (np.float64, np.nan),
     "evaluated": (np.bool_, False),
     "live": (np.bool_, True),
+    "stride_reason": (np.int64, 0),
+    "predicted_gain": (np.float64, np.nan),
+    "predicted_error": (np.float64, np.nan),
 }
 
 
@@ -82,6 +105,10 @@ class Tree:
     reward         float64 score of a finished sample; NaN until it is scored
     evaluated      bool    its one network call is made
     live           bool    False once pruned: its sample is released, it cannot be resumed
+    stride_reason  int64   why the edge has its stride: a place in ``STRIDE_REASONS``
+    predicted_gain float64 what was predicted of the edge, by the target of its policy (higher is
+                           better); NaN if nothing was
+    predicted_error float64 predicted truncation error of the edge, latent units; NaN likewise
     ============== ======= ==================================================================
 
     The columns are read-only views of the used rows; a view taken before an expansion keeps its
@@ -121,6 +148,9 @@ class Tree:
     _reward: npt.NDArray[np.float64]
     _evaluated: npt.NDArray[np.bool_]
     _live: npt.NDArray[np.bool_]
+    _stride_reason: npt.NDArray[np.int64]
+    _predicted_gain: npt.NDArray[np.float64]
+    _predicted_error: npt.NDArray[np.float64]
 
     def _view(self, name: str) -> npt.NDArray[Any]:
         """Read-only view of a column's used rows, made once between two expansions."""
@@ -215,6 +245,21 @@ class Tree:
     def live(self) -> npt.NDArray[np.bool_]:
         """``[num_nodes]`` False once pruned."""
         return self._view("live")
+
+    @property
+    def stride_reason(self) -> npt.NDArray[np.int64]:
+        """``[num_nodes]`` why the edges have their strides: places in ``STRIDE_REASONS``."""
+        return self._view("stride_reason")
+
+    @property
+    def predicted_gain(self) -> npt.NDArray[np.float64]:
+        """``[num_nodes]`` what was predicted of the edges by the target; NaN if nothing was."""
+        return self._view("predicted_gain")
+
+    @property
+    def predicted_error(self) -> npt.NDArray[np.float64]:
+        """``[num_nodes]`` predicted truncation errors of the edges, latent units; NaN likewise."""
+        return self._view("predicted_error")
 
     def children(self, node: int) -> tuple[int, ...]:
         """Rows of a node's children, in the order of their expansion."""
@@ -349,6 +394,15 @@ def record_rewards(tree: Tree, handles: Handles, rewards: Values) -> None:
     """Note the scores of finished samples."""
     for handle, reward in zip(handles.tolist(), rewards.tolist(), strict=True):
         tree._reward[tree.node_of(handle)] = reward
+
+
+def record_stride_choice(
+    tree: Tree, node: int, *, reason: str, predicted_gain: float, predicted_error: float
+) -> None:
+    """Note why the edge to ``node`` has its stride, and what was predicted of it."""
+    tree._stride_reason[node] = STRIDE_REASONS.index(reason)
+    tree._predicted_gain[node] = predicted_gain
+    tree._predicted_error[node] = predicted_error
 
 
 def backup(tree: Tree, node: int, value: float) -> None:

@@ -33,8 +33,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -44,6 +43,7 @@ from mctd_diffusers.search.budget import UNLIMITED
 from mctd_diffusers.search.environment import Asks, Values
 from mctd_diffusers.search.moves import (
     back_up,
+    choose_strides,
     denoise,
     draw,
     finish,
@@ -51,6 +51,7 @@ from mctd_diffusers.search.moves import (
     gather,
     reward,
     step,
+    step_by,
     value,
 )
 from mctd_diffusers.search.problem import Problem
@@ -61,7 +62,22 @@ from mctd_diffusers.search.selection import (
     uct_scores,
 )
 from mctd_diffusers.search.settings import check_setting
-from mctd_diffusers.search.strides import Plan, StridePolicy, coarsest_strides, plan_rollout
+from mctd_diffusers.search.stride_policies import (
+    Costs,
+    StrideChoice,
+    StridePolicy,
+    check_costs,
+    cost_to_go,
+    parse_stride_policy,
+    without_last_edge,
+)
+from mctd_diffusers.search.strides import (
+    PLAN_SHAPES,
+    Plan,
+    PlanShape,
+    coarsest_strides,
+    plan_rollout,
+)
 from mctd_diffusers.search.tree import (
     ROOT,
     Tree,
@@ -81,11 +97,17 @@ class MCTD:
 
     Attributes:
         candidates: children tried on each edge of a rollout; ``None`` to choose them (and the
-            strides) for the most selection per NFE, see ``strides.plan_rollout``.
+            number of edges) for the most selection per NFE, see ``strides.plan_rollout``.
         strides: schedule steps that an edge may cross; must hold 1. Those longer than a quarter of
             the schedule are not used: such jumps leave the data.
-        stride_policy: where long strides stand: ``"coarse_to_fine"``, ``"fine_to_coarse"``,
-            ``"constant"``.
+        stride_policy: chooses the strides of greedy rollouts. By their plan: ``"budget"`` (long
+            ones first), ``"fine_to_coarse"``, ``"constant"``, ``"fixed:k"``. On the way, for the
+            number of edges that the budget rule plans: ``"uniform"``, ``"random"``, ``"ays"``,
+            ``"gits"``, and by what is predicted of each sample ``"x0hat"``, ``"oracle"``,
+            ``"ige"`` (by resolved variance) or ``"ige:<target>"``. Where they go by resolved
+            variance, so does the number of edges.
+        error_tolerance: bound on the predicted truncation error of a stride, in latent units, where
+            the policy predicts it; the shortest that fits may exceed it.
         edge_gain: how the gain of a rollout grows with its number of selections (exponent, 0 to
             0.5): lower takes fewer edges with more candidates.
         seed_share: share of the budget for seeds, where guidance can be chosen; 0 leaves the choice
@@ -111,7 +133,8 @@ class MCTD:
 
     candidates: int | None = None
     strides: tuple[int, ...] = (1, 2, 4, 8)
-    stride_policy: StridePolicy = "coarse_to_fine"
+    stride_policy: str = "budget"
+    error_tolerance: float = math.inf
     edge_gain: float = 0.4
     seed_share: float = 0.5
     coarse_share: float = 0.25
@@ -149,6 +172,7 @@ class MCTD:
             "widening_constant",
             "brake_nats",
             "temperature",
+            "error_tolerance",
         ):
             check_setting(name, getattr(self, name), 0)
         if not self.first_share:
@@ -159,14 +183,14 @@ class MCTD:
             )
         if self.backup not in _BACKUPS:
             raise ConfigError(f"backup is {self.backup!r}; give one of {', '.join(_BACKUPS)}.")
-        if self.stride_policy not in get_args(StridePolicy):
-            raise ConfigError(
-                f"stride_policy is {self.stride_policy!r}; give one of "
-                f"{', '.join(get_args(StridePolicy))}."
-            )
         object.__setattr__(self, "strides", tuple(self.strides))
         if 1 not in self.strides or min(self.strides) < 1:
             raise ScheduleError(f"strides are {self.strides}; they must be at least 1 and hold 1.")
+        if self.policy.kind == "fixed" and self.policy.stride not in self.strides:
+            raise ConfigError(
+                f"stride_policy is {self.stride_policy!r} and strides are {self.strides}; give "
+                "strides that hold it."
+            )
 
     @property
     def name(self) -> str:
@@ -177,8 +201,18 @@ class MCTD:
         """One plain sample, though coarse strides could do with less."""
         return num_steps
 
+    @property
+    def policy(self) -> StridePolicy:
+        """What chooses the strides of greedy rollouts."""
+        return parse_stride_policy(self.stride_policy, target="resolved_variance", plans=True)
+
+    def stride_set(self, num_steps: int) -> tuple[int, ...]:
+        """The strides without those that leave the data; `Problem.stride_costs` must be of them."""
+        return tuple(k for k in self.strides if k == 1 or 4 * k <= num_steps)
+
     def search(self, problem: Problem) -> Asks:
         """Waves of simulations until the budget pays for none."""
+        check_costs(problem.stride_costs, self.policy, self.stride_set(problem.num_steps))
         seeds = yield from self._seed(problem)
         yield from self._finish_coarsely(problem, seeds)
         start = _most_promising(problem.tree, seeds) if seeds else ROOT
@@ -188,7 +222,7 @@ class MCTD:
                 nodes = yield from draw(problem, 1)
                 back_up(problem, (yield from finish_plainly(problem, nodes)))
             return "budget"
-        standard = _standard(problem, *wave[0])
+        standard: _Standard | None = None
         while wave:
             for node, _ in wave:
                 add_virtual_visit(problem.tree, node)
@@ -199,6 +233,7 @@ class MCTD:
                     settle(problem.tree, node)
             for leaves in finished:
                 back_up(problem, leaves)
+            standard = standard or _standard(problem.tree, *wave[0], leaf=finished[0][0])
             wave = self._select_wave(problem, standard)
         return "budget"
 
@@ -257,7 +292,7 @@ class MCTD:
     def _coarse_strides(self, problem: Problem) -> tuple[int, ...]:
         """The strides of a coarse rollout from a seed."""
         left = problem.num_steps - sum(self._seed_strides(problem))
-        return coarsest_strides(left, self._usable_strides(problem))
+        return coarsest_strides(left, self.stride_set(problem.num_steps))
 
     def _seed_strides(self, problem: Problem) -> tuple[int, ...]:
         """The strides to a seed: as many of the longest as fit in a third of the schedule."""
@@ -270,10 +305,6 @@ class MCTD:
         if share == 1 or problem.guidance_scale is None:
             return None
         return share * problem.guidance_scale
-
-    def _usable_strides(self, problem: Problem) -> tuple[int, ...]:
-        """The strides without those that leave the data."""
-        return tuple(k for k in self.strides if k == 1 or 4 * k <= problem.num_steps)
 
     # ---- 1. select
 
@@ -373,22 +404,51 @@ class MCTD:
     def _plan(self, problem: Problem, start: int, nfe: int, least_edges: int = 1) -> Plan | None:
         """Plan of a rollout from ``start`` that spends at most ``nfe`` evaluations."""
         tree = problem.tree
+        done = max(int(tree.step_index[start]), 0)
+        shape, allowed = self._shape(problem, done)
         budget = nfe
         while budget >= 0:
             plan = plan_rollout(
-                problem.num_steps - max(int(tree.step_index[start]), 0),
+                problem.num_steps - done,
                 budget,
-                allowed=self._usable_strides(problem),
-                policy=self.stride_policy,
+                allowed=allowed,
+                shape=shape,
                 brake_nats=max(self.brake_nats - _nats(tree, start), 0.0),
                 edge_gain=self.edge_gain,
                 candidates=self.candidates,
                 least_edges=least_edges,
+                resolved=self._resolved(problem, done),
             )
             if plan is None or _nfe(start, plan) <= nfe:
                 return plan
             budget -= -(-(_nfe(start, plan) - nfe) // 2)  # the draws come on top
         return None
+
+    def _shape(self, problem: Problem, done: int) -> tuple[PlanShape, tuple[int, ...]]:
+        """Where the long strides of a plan stand, and what they are chosen from."""
+        policy = self.policy
+        usable = self.stride_set(problem.num_steps)
+        if policy.kind == "fixed":
+            longest = max(k for k in usable if k <= policy.stride)
+            return "constant", (min(longest, problem.num_steps - done),)
+        return (policy.kind if policy.kind in PLAN_SHAPES else "budget"), usable
+
+    def _costs(self, problem: Problem) -> Costs | None:
+        """What jumps cost the typical sample, where the policy needs it."""
+        costs, policy = problem.stride_costs, self.policy
+        if costs is None or not policy.needs_costs:
+            return None
+        if policy.target == "resolved_variance":  # by which the last edge chooses nothing
+            return without_last_edge(costs, self.stride_set(problem.num_steps))
+        return costs
+
+    def _resolved(self, problem: Problem, done: int) -> tuple[float, ...] | None:
+        """Deviations that so many edges of the typical sample resolve, where the policy asks."""
+        costs = self._costs(problem)
+        if costs is None or self.policy.target != "resolved_variance":
+            return None
+        to_go = cost_to_go(costs, self.stride_set(problem.num_steps), problem.num_steps)[done]
+        return tuple((-to_go).tolist()) if np.isfinite(to_go).any() else None
 
     def _nfe_left(self, problem: Problem, simulations: int) -> int:
         """Evaluations left, each valued, when so many simulations must still be scored."""
@@ -402,18 +462,39 @@ class MCTD:
         nodes = [start]
         if start == ROOT:
             nodes = yield from self._tried(problem, (yield from draw(problem, plan.candidates[0])))
-        for stride, count in zip(plan.strides[:-1], plan.candidates[:-1], strict=True):
-            parents = [nodes[0]] * count
-            made = yield from step(
-                problem, parents, stride=stride, eta=self.branch_eta, guidance=guidance
+        for edge, count in enumerate(plan.candidates[:-1]):
+            choice = yield from self._choose(problem, nodes[0], plan.strides[edge:])
+            made = yield from step_by(
+                problem,
+                [nodes[0]] * count,
+                [choice] * count,
+                eta=self.branch_eta,
+                guidance=guidance,
             )
             nodes = yield from self._tried(problem, made)
         chosen = nodes[: self.finish]
-        leaves = yield from step(
-            problem, chosen, stride=plan.strides[-1], eta=None, guidance=guidance
+        choice = yield from self._choose(problem, chosen[0], plan.strides[-1:])
+        leaves = yield from step_by(
+            problem, chosen, [choice] * len(chosen), eta=None, guidance=guidance
         )
         yield from reward(problem, leaves)
         return leaves
+
+    def _choose(self, problem: Problem, node: int, planned: tuple[int, ...]) -> Asks:
+        """The next stride from a node: as planned, or by a policy for as many edges as planned."""
+        policy = self.policy
+        if policy.is_planned or policy.kind == "fixed":
+            return StrideChoice(planned[0], policy.kind)
+        (choice,) = yield from choose_strides(
+            problem,
+            [node],
+            policy=policy,
+            strides=self.stride_set(problem.num_steps),
+            edges=len(planned),
+            costs=self._costs(problem),
+            error_tolerance=self.error_tolerance,
+        )
+        return choice
 
     def _tried(self, problem: Problem, nodes: list[int]) -> Asks:
         """Evaluate and value candidates; returns them best first."""
@@ -435,10 +516,11 @@ class _Standard(NamedTuple):
     candidates: int
 
 
-def _standard(problem: Problem, start: int, plan: Plan) -> _Standard:
-    """The first rollout as a standard."""
-    done = max(int(problem.tree.step_index[start]), 0)
-    return _Standard(tuple(done + end for end in accumulate(plan.strides)), plan.candidates[0])
+def _standard(tree: Tree, start: int, plan: Plan, *, leaf: int) -> _Standard:
+    """The first rollout, which ended in ``leaf``, as a standard."""
+    ends = sorted(tree.step_index[path_to_root(tree, leaf)].tolist())
+    done = max(int(tree.step_index[start]), 0)
+    return _Standard(tuple(end for end in ends if end > done), plan.candidates[0])
 
 
 def _most_promising(tree: Tree, seeds: list[int]) -> int:
