@@ -105,6 +105,7 @@ def log_trajectories(
     from mctd_diffusers.evaluation.benchmark.cells import make_folder
     from mctd_diffusers.trajectories.card import write_card
     from mctd_diffusers.trajectories.files import check_split
+    from mctd_diffusers.trajectories.logging import begin_log
 
     check_split(split)
     pipe = open_pipeline(model, reward, settings, device)
@@ -113,7 +114,8 @@ def log_trajectories(
         return
     make_folder(output)
     with _interruptible(output, split, settings):
-        _log(pipe, settings, output, split, command)
+        settings = begin_log(pipe, settings, output, split=split, command=command)
+        _log(pipe, settings, output, split)
         card = write_card(pipe, output)
     typer.echo(f"{settings.num_trajectories} trajectories: {output}, split {split}")
     typer.echo(f"card: {card}")
@@ -242,7 +244,7 @@ def _log(pipe: MCTDPipeline, settings: LogSettings, output: Path, split: str, co
     with _bar(settings.num_trajectories, "trajectories") as bar:
         bar.initial = bar.n = _num_logged(output, split, settings)
         bar.refresh()
-        for number in log_trajectories(pipe, settings, output, split=split, command=command):
+        for number in log_trajectories(pipe, settings, output, split=split):
             bar.update(len(shard_of(settings, number).rows))
 
 
