@@ -50,8 +50,8 @@ def push_folder(
     the Hub holds already is not sent again.
 
     Args:
-        folder: what is uploaded, subfolders included. Files that the repository has under other
-            names stay there.
+        folder: what is uploaded, subfolders included; hidden files, such as half-written ones, are
+            left out. Files that the repository has under other names stay there.
         repo_id: ``owner/name``, or ``name`` in the account of the token.
         repo_type: ``"model"`` or ``"dataset"``.
         private: whether a new repository is private; by default as the account's settings say.
@@ -82,6 +82,7 @@ def push_folder(
         return api.upload_folder(
             repo_id=url.repo_id,
             folder_path=folder,
+            ignore_patterns=[".*", "*/.*"],
             repo_type=repo_type,
             path_in_repo=path_in_repo,
             commit_message=commit_message,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +90,14 @@ def test_what_has_not_changed_is_not_sent_again(hub: HubServer, folder: Path) ->
     assert hub.repositories[REPO].files == files_in(folder)
     old = Path(snapshot_download(REPO, revision=first.oid))
     assert json.loads((old / "config.json").read_text()) == {"_class_name": "Folder"}
+
+
+def test_hidden_files_stay_at_home(hub: HubServer, folder: Path) -> None:
+    expected = files_in(folder)
+    (folder / ".notes").write_text("mine")
+    (folder / "part" / ".half-written.safetensors").write_bytes(b"half")
+    push_folder(folder, REPO, token=TOKEN)
+    assert hub.repositories[REPO].files == expected
 
 
 def test_a_name_alone_is_in_the_account_of_the_token(hub: HubServer, folder: Path) -> None:
@@ -252,53 +257,3 @@ def test_what_cannot_be_read_is_refused_with_what_helps(
         load(REPO, cache_dir=tmp_path / "third")
     with pytest.raises(ConfigError, match=r"'somebody/folder'.*not in the cache.*connect"):
         load(REPO, cache_dir=tmp_path / "third", local_files_only=True)
-
-
-# Data sets
-
-
-def test_a_folder_of_shards_is_pushed_and_opened_as_a_data_set(
-    hub: HubServer, tmp_path: Path
-) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    folder = tmp_path / "log"
-    (folder / "data").mkdir(parents=True)
-    (folder / "settings.json").write_text("{}")
-    card = "---\nconfigs:\n- config_name: default\n  data_files:\n"
-    for split in ("train", "held_out"):
-        card += f"  - split: {split}\n    path: data/{split}-*.parquet\n"
-        for shard in range(2):
-            table = pyarrow.table({"index": [2 * shard, 2 * shard + 1], "split": [split] * 2})
-            parquet.write_table(table, folder / "data" / f"{split}-{shard:05d}.parquet")
-    (folder / "README.md").write_text(card + "---\n\n# Log\n")
-    push_folder(folder, "somebody/log", repo_type="dataset", token=TOKEN, private=True)
-    assert hub.repositories["datasets/somebody/log"].files == files_in(folder)
-    code = (
-        "import sys, datasets\n"
-        "for split, rows in datasets.load_dataset('somebody/log', token='read-token').items():\n"
-        "    print(split, rows['index'][:])\n"
-    )
-    loaded = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env=client_environment(hub.url, tmp_path),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert loaded.stdout.splitlines() == ["train [0, 1, 2, 3]", "held_out [0, 1, 2, 3]"], (
-        loaded.stderr
-    )
-
-
-def client_environment(url: str, home: Path) -> dict[str, str]:
-    """Of a process whose Hub is the one at an address."""
-    return {
-        **os.environ,
-        "HF_DATASETS_OFFLINE": "0",
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(home / "home"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
