@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import resource
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, SchedulerMixin
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import CommitInfo, hf_hub_download, snapshot_download
 from PIL import Image
 from torch import Tensor
 
@@ -52,6 +53,17 @@ from mctd_diffusers.denoising.environment import LatentEnvironment
 from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, RewardFn
 from mctd_diffusers.denoising.stepper import Stepper, check_scheduler
 from mctd_diffusers.errors import ConfigError, SearchError, UnsupportedSchedulerError
+from mctd_diffusers.hub import (
+    CARD,
+    HUB_ARGUMENTS,
+    card_text,
+    hub_errors,
+    is_repository,
+    push_folder,
+    repository_of,
+    texts_beside,
+)
+from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.results import (
     Estimate,
     ImageSearch,
@@ -99,10 +111,11 @@ OUR_KEY = "_mctd"
 """Key of ``model_index.json`` for what is ours; private, so that stock loaders drop it unseen."""
 REWARD_FOLDER = "reward_model"
 PREVIEW_FOLDER = "preview_vae"
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+IGE_FOLDER = "ige"
+OUR_FOLDERS = (IGE_FOLDER, PREVIEW_FOLDER, REWARD_FOLDER)
 
 _AS_SAVED: Any = object()
-"""Default of ``reward_model`` in `from_pretrained`: the reward that was saved, if any."""
+"""Default of ``reward_model`` and ``ige`` in `from_pretrained`: what was saved, if anything."""
 
 
 def family_class(stock_class_name: object) -> type[MCTDPipeline]:
@@ -133,16 +146,36 @@ class MCTDPipeline(DiffusionPipeline):
             saved with the pipeline; other callables are not.
         preview_vae ([`AutoencoderTiny`], *optional*):
             Decodes unfinished samples cheaply; without it they are decoded in full.
+        ige ([`InformationGainEvaluator`], *optional*):
+            Predicts what strides tell and cost, for searches that choose them by it.
     """
 
     stock_class: ClassVar[type[DiffusionPipeline]]
     reward_model: RewardFn | None
     preview_vae: AutoencoderTiny | None
+    ige: InformationGainEvaluator | None
 
-    def _set_up_search(self, preview_vae: AutoencoderTiny | None, reward_model: Any) -> None:
+    def _set_up_search(
+        self,
+        preview_vae: AutoencoderTiny | None,
+        reward_model: Any,
+        ige: InformationGainEvaluator | None,
+    ) -> None:
         """Register what the base adds to the stock pipeline; families call it in ``__init__``."""
-        self.register_modules(preview_vae=preview_vae)
+        if ige is not None:
+            self._check_ige(ige)
+        self.register_modules(preview_vae=preview_vae, ige=ige)
         self.reward_model = None if reward_model is None else resolve_reward(reward_model)
+
+    def _check_ige(self, ige: InformationGainEvaluator) -> None:
+        """Refuse a head that was trained on another kind of network.
+
+        Raises:
+            ConfigError: its family is another, or it reads features that the network has not.
+        """
+        ige.check_family(self.stock_class.__name__)
+        channels = self._feature_channels()
+        ige.check_features({name: torch.empty(0, number) for name, number in channels.items()})
 
     # Loading and saving
 
@@ -152,6 +185,7 @@ class MCTDPipeline(DiffusionPipeline):
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         reward_model: Any = _AS_SAVED,
+        ige: Any = _AS_SAVED,
         **kwargs: Any,
     ) -> MCTDPipeline:
         r"""Load any pipeline folder or Hub repository of a supported family.
@@ -162,6 +196,10 @@ class MCTDPipeline(DiffusionPipeline):
             reward_model (*optional*, defaults to the reward that was saved with the pipeline):
                 A callable `(images, prompts) -> floats`, a short name (`"clip"`, `"pickscore"`), or
                 the folder or repository of a `CLIPModel`; `None` for no reward.
+            ige (*optional*, defaults to the one that was saved with the pipeline):
+                An [`InformationGainEvaluator`], its folder or its Hub repository; `None` for none.
+                `revision` is that of the pipeline alone: load a head of some revision by
+                `InformationGainEvaluator.from_pretrained(..., revision=...)`.
             preview_vae ([`AutoencoderTiny`], *optional*, defaults to the one that was saved):
                 Decoder of previews.
             kwargs (remaining keyword arguments, *optional*):
@@ -171,8 +209,8 @@ class MCTDPipeline(DiffusionPipeline):
             The family's pipeline, also an instance of the stock class.
 
         Raises:
-            ConfigError: no such folder or repository, a pipeline that no family searches, or a
-                reward that cannot be resolved.
+            ConfigError: no such folder or repository, a pipeline that no family searches, a reward
+                or a head that cannot be resolved, or a head for another kind of pipeline.
         """
         source = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
@@ -189,20 +227,33 @@ class MCTDPipeline(DiffusionPipeline):
             )
         reward_is_saved = reward_model is _AS_SAVED and "reward_model" in ours
         preview_is_saved = "preview_vae" not in kwargs and "preview_vae" in ours
+        ige_is_saved = ige is _AS_SAVED and "ige" in ours
+        saved = [REWARD_FOLDER] * reward_is_saved + [PREVIEW_FOLDER] * preview_is_saved
+        saved += [IGE_FOLDER] * ige_is_saved
         if folder.is_dir():
-            parts = [name for name in _parts_of(index) if name not in kwargs]
-            parts += [REWARD_FOLDER] * reward_is_saved + [PREVIEW_FOLDER] * preview_is_saved
+            parts = [name for name in _parts_of(index) if name not in kwargs] + saved
             if lacking := [name for name in parts if not (folder / name).is_dir()]:
                 raise ConfigError(
                     f"the pipeline in {source!r} lacks {', '.join(lacking)}, which its "
                     "model_index.json names: copy or download the whole folder again, or pass "
                     "these parts"
                 )
-        if (reward_is_saved or preview_is_saved) and not folder.is_dir():
-            folders = [f"{REWARD_FOLDER}/*"] * reward_is_saved + [
-                f"{PREVIEW_FOLDER}/*"
-            ] * preview_is_saved
-            folder = Path(snapshot_download(source, allow_patterns=folders, **hub))
+        if saved and not folder.is_dir():
+            patterns = [f"{name}/*" for name in saved]
+            with hub_errors("load the pipeline of", source, hub.get("revision")):
+                folder = Path(snapshot_download(source, allow_patterns=patterns, **hub))
+        if ige_is_saved:
+            ige = InformationGainEvaluator.from_pretrained(
+                folder / IGE_FOLDER, **_saved_as(folder / IGE_FOLDER, kwargs)
+            )
+        elif ige is _AS_SAVED:
+            ige = None
+        elif ige is not None:
+            elsewhere = {name: given for name, given in hub.items() if name != "revision"}
+            ige = _resolve_ige(ige, dtype=_dtype_of(IGE_FOLDER, kwargs), **elsewhere)
+        if ige is not None:
+            ige.check_family(family.stock_class.__name__)
+        kwargs["ige"] = ige
         if reward_is_saved:
             reward_model = _restore_reward(folder / REWARD_FOLDER, ours["reward_model"])
         elif reward_model is _AS_SAVED:
@@ -210,16 +261,15 @@ class MCTDPipeline(DiffusionPipeline):
         elif reward_model is not None:
             reward_model = resolve_reward(reward_model)
         if preview_is_saved:
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-            if isinstance(dtype, dict):
-                dtype = dtype.get("preview_vae", dtype.get("default"))
             kwargs["preview_vae"] = AutoencoderTiny.from_pretrained(
-                folder / PREVIEW_FOLDER, dtype=dtype
+                folder / PREVIEW_FOLDER, **_saved_as(folder / PREVIEW_FOLDER, kwargs)
             )
         pipe: MCTDPipeline = super(MCTDPipeline, family).from_pretrained(source, **kwargs)
         pipe.reward_model = reward_model
-        if preview_is_saved and kwargs.get("device_map") is not None:
-            kwargs["preview_vae"].to(pipe.device)
+        if kwargs.get("device_map") is not None:
+            for part in (kwargs["preview_vae"] if preview_is_saved else None, ige):
+                if part is not None:
+                    part.to(pipe.device)
         return pipe
 
     @classmethod
@@ -233,16 +283,17 @@ class MCTDPipeline(DiffusionPipeline):
             pipeline (`DiffusionPipeline`):
                 A pipeline of a supported family, stock or ours.
             kwargs (remaining keyword arguments, *optional*):
-                Components and settings to use in place of the pipeline's own, `reward_model` and
-                `preview_vae` among them; `dtype` (or `torch_dtype`) casts, and since modules are
-                shared it casts them in both pipelines.
+                Components and settings to use in place of the pipeline's own, `reward_model`,
+                `preview_vae` and `ige` among them; `dtype` (or `torch_dtype`) casts, and since
+                modules are shared it casts them in both pipelines.
 
         Returns:
             The family's pipeline.
 
         Raises:
-            ConfigError: a pipeline that no family searches, a reward that cannot be resolved, or an
-                argument that the family does not know.
+            ConfigError: a pipeline that no family searches, a reward or a head that cannot be
+                resolved, a head for another kind of pipeline, or an argument that the family does
+                not know.
         """
         family: type[MCTDPipeline] = cls
         if cls is MCTDPipeline:
@@ -260,6 +311,8 @@ class MCTDPipeline(DiffusionPipeline):
         arguments = {name: part for name, part in pipeline.components.items() if name in modules}
         arguments |= {name: pipeline.config[name] for name in settings if name in pipeline.config}
         arguments["reward_model"] = getattr(pipeline, "reward_model", None)
+        if kwargs.get("ige") is not None:
+            kwargs["ige"] = _resolve_ige(kwargs["ige"])
         missing = set(modules) - set(arguments)
         arguments |= {name: None for name in missing & set(family._optional_components)}
         pipe = family(**{**arguments, **kwargs})
@@ -279,17 +332,32 @@ class MCTDPipeline(DiffusionPipeline):
         return self
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
         r"""Save a folder that opens as the stock pipeline, and with our parts in ours.
 
         Args:
             save_directory (`str` or `os.PathLike`):
                 The folder; created if it does not exist.
-            args (remaining arguments, *optional*):
-                What the stock `save_pretrained` takes.
+            safe_serialization (`bool`, *optional*, defaults to `True`):
+                As in the stock pipeline.
+            variant (`str`, *optional*):
+                As in the stock pipeline.
+            max_shard_size (`int` or `str`, *optional*):
+                As in the stock pipeline.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Whether to push the folder then, to `repo_id` or by its own name.
             kwargs (remaining keyword arguments, *optional*):
-                The same, `push_to_hub` among them.
+                Those of the stock `save_pretrained`, and with `push_to_hub` of `push_folder`.
+
+        Raises:
+            ConfigError: the Hub cannot be reached, or refuses.
         """
         directory = Path(save_directory)
         if type(self.reward_model) is ClipReward:
@@ -301,10 +369,116 @@ class MCTDPipeline(DiffusionPipeline):
                 self.reward_model,
                 directory.name,
             )
-        self.register_modules(
-            preview_vae=self.preview_vae
-        )  # an assignment over None is lost on save
-        super().save_pretrained(os.fspath(directory), *args, **kwargs)
+        # An assignment over None is lost on save.
+        self.register_modules(preview_vae=self.preview_vae, ige=self.ige)
+        names = ("repo_id", "private", "token", "commit_message", "create_pr")
+        push = {name: kwargs.pop(name) for name in names if push_to_hub and name in kwargs}
+        super().save_pretrained(
+            os.fspath(directory), safe_serialization, variant, max_shard_size, **kwargs
+        )
+        if push_to_hub:
+            push_folder(directory, push.pop("repo_id", directory.name), card=self._card, **push)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> CommitInfo:
+        r"""Push a repository that opens as the stock pipeline, and with our parts in ours.
+
+        Its card is the one that the repository has, else the one in the folder that the pipeline
+        was loaded from, else one that says what its parts are and how to load them. Other texts of
+        that folder, such as licences, are pushed too.
+
+        Args:
+            repo_id (`str`):
+                `owner/name`, or `name` in the account of the token; made if it does not exist.
+            commit_message (`str`, *optional*):
+                Message of the commit.
+            private (`bool`, *optional*, defaults to what the account's settings say):
+                Whether a new repository is private.
+            token (`str`, *optional*, defaults to the saved one):
+                Token of an account that may write there.
+            create_pr (`bool`, *optional*, defaults to `False`):
+                Whether to open a pull request in place of writing to the main branch.
+            safe_serialization (`bool`, *optional*, defaults to `True`):
+                As in the stock pipeline.
+            variant (`str`, *optional*):
+                As in the stock pipeline.
+            subfolder (`str`, *optional*, defaults to the root):
+                Folder of the repository to write to.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`]: the address of the commit, with its hash as `oid`.
+
+        Raises:
+            ConfigError: the Hub cannot be reached, or refuses.
+        """
+        texts = texts_beside(self.config.get("_name_or_path"))
+        card = texts.pop(CARD, None)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant)
+            for name, text in texts.items():
+                (Path(folder) / name).write_text(text, encoding="utf-8")
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                commit_message=commit_message or f"Upload {self.stock_class.__name__}",
+                create_pr=create_pr,
+                path_in_repo=subfolder,
+                card=None if subfolder else lambda name: card or self._card(name),
+            )
+
+    def _card(self, repo_id: str) -> str:
+        """Model card that says what the parts are and how to load them."""
+        parts = {
+            name: type(part).__name__ for name, part in self.components.items() if part is not None
+        }
+        if type(self.reward_model) is ClipReward:
+            parts["reward_model"] = "ClipReward"
+        metadata = {
+            "library_name": "diffusers",
+            "pipeline_tag": "text-to-image",
+            "base_model": repository_of(self.config.get("_name_or_path")),
+            "tags": ["mctd-diffusers"],
+        }
+        rows = "\n".join(f"| `{row}` | `{part}` |" for row, part in parts.items())
+        name = repo_id.rsplit("/", maxsplit=1)[-1]
+        return card_text(
+            metadata,
+            f"""# {name}
+
+A `{self.stock_class.__name__}` with what a search over its denoising needs:
+
+| part | class |
+| --- | --- |
+{rows}
+
+With mctd-diffusers, which searches:
+
+```python
+from mctd_diffusers import MCTDPipeline
+
+pipe = MCTDPipeline.from_pretrained("{repo_id}")
+```
+
+The stock pipeline opens it as well, and leaves out what is for the search:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}")
+```
+""",
+        )
 
     def save_config(
         self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
@@ -326,10 +500,11 @@ class MCTDPipeline(DiffusionPipeline):
         index: dict[str, Any] = json.loads(super().to_json_string())
         index["_class_name"] = self.stock_class.__name__
         index.pop("_name_or_path", None)
-        preview_vae = index.pop("preview_vae", None)
         ours: dict[str, Any] = {}
-        if preview_vae and preview_vae[0] is not None:
-            ours["preview_vae"] = preview_vae
+        for name in (PREVIEW_FOLDER, IGE_FOLDER):
+            part = index.pop(name, None)
+            if part and part[0] is not None:
+                ours[name] = part
         if type(self.reward_model) is ClipReward:
             ours["reward_model"] = {"kind": "clip", "scale": self.reward_model.scale}
         index[OUR_KEY] = ours
@@ -345,7 +520,7 @@ class MCTDPipeline(DiffusionPipeline):
         index: dict[str, Any] = json.loads(self.to_json_string())
         files = [
             f"{folder}/{file.name}"
-            for folder in (PREVIEW_FOLDER, REWARD_FOLDER)
+            for folder in OUR_FOLDERS
             for file in sorted((path.parent / folder).glob("*"))
         ]
         if files:
@@ -794,6 +969,10 @@ class MCTDPipeline(DiffusionPipeline):
         """Blacken what the safety checker finds in images in [0, 1], and say where."""
         raise NotImplementedError
 
+    def _feature_channels(self) -> dict[str, int]:
+        """What `LatentEnvironment.features` will give: names, and numbers of features of each."""
+        raise NotImplementedError
+
     # Recipes and estimates
 
     @torch.no_grad()
@@ -1007,23 +1186,46 @@ class MCTDPipeline(DiffusionPipeline):
 
 def _read_model_index(source: str, hub: dict[str, Any]) -> dict[str, Any]:
     """Read ``model_index.json`` of a folder or repository."""
-    try:
+    cure = "pass a folder or Hub repository that holds the model_index.json of a pipeline"
+    with hub_errors("load the pipeline of", source, hub.get("revision"), cure=cure):
         if Path(source).is_dir():
             path = Path(source) / "model_index.json"
-        elif source[:1] in ("/", ".", "~") or source.count("/") > 1:
-            raise OSError("there is no such folder")
-        else:
+        elif is_repository(source):
             path = Path(hf_hub_download(source, "model_index.json", **hub))
+        else:
+            raise OSError("there is no such folder")
         index = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(index, dict):
             raise ValueError(f"{path.name} holds no object but {index!r:.40}")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no pipeline could be read from {source!r} ({str(error).splitlines()[0]}): pass a "
-            "folder that holds a model_index.json, or a Hub repository that can be reached from "
-            "here"
-        ) from error
     return index
+
+
+def _dtype_of(name: str, arguments: dict[str, Any]) -> Any:
+    """The dtype that a part is loaded in, by the arguments of ``from_pretrained``."""
+    dtype = arguments.get("dtype", arguments.get("torch_dtype"))
+    return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
+
+
+def _saved_as(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """How a part of ours is loaded from its folder, by the arguments of ``from_pretrained``."""
+    variant = arguments.get("variant")
+    was_saved = variant is not None and any(folder.glob(f"*.{variant}*"))
+    return {
+        "dtype": _dtype_of(folder.name, arguments),
+        "variant": variant if was_saved else None,
+    }
+
+
+def _resolve_ige(spec: Any, **arguments: Any) -> InformationGainEvaluator:
+    """Turn what a user wrote for a head into a head; one that is an object stays as it is."""
+    if isinstance(spec, str | os.PathLike):
+        return InformationGainEvaluator.from_pretrained(spec, **arguments)
+    if not isinstance(spec, InformationGainEvaluator):
+        raise ConfigError(
+            f"ige={spec!r} is a {type(spec).__name__}: pass an InformationGainEvaluator, its "
+            "folder, or the name of its Hub repository"
+        )
+    return spec
 
 
 def _parts_of(index: dict[str, Any]) -> list[str]:
@@ -1042,6 +1244,8 @@ def _parts_beside(folder: Path) -> dict[str, Any]:
         ours["reward_model"] = "clip"
     if (folder / PREVIEW_FOLDER / "config.json").is_file():
         ours["preview_vae"] = ["diffusers", "AutoencoderTiny"]
+    if (folder / IGE_FOLDER / "config.json").is_file():
+        ours["ige"] = [InformationGainEvaluator.__module__, InformationGainEvaluator.__name__]
     return ours
 
 

@@ -36,6 +36,7 @@ from mctd_diffusers.calls import Prepared, SearchOptions, as_config_errors, num_
 from mctd_diffusers.denoising.denoiser import FeatureTap, chunks
 from mctd_diffusers.denoising.protocols import Outputs
 from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.results import MCTDPipelineOutput
 from mctd_diffusers.search.runner import Strategy
@@ -168,6 +169,8 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
         reward_model (*optional*):
             What a search maximises: a callable `(images, prompts) -> floats`, a short name, or the
             folder or repository of a `CLIPModel`.
+        ige ([`InformationGainEvaluator`], *optional*):
+            Predicts what strides tell and cost.
     """
 
     stock_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
@@ -175,6 +178,12 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
     _optional_components: ClassVar[list[str]] = [
         *StableDiffusionPipeline._optional_components,
         "preview_vae",
+        "ige",
+    ]
+    # Small, and called between calls of the UNet: it stays on the accelerator.
+    _exclude_from_cpu_offload: ClassVar[list[str]] = [
+        *StableDiffusionPipeline._exclude_from_cpu_offload,
+        "ige",
     ]
 
     def __init__(
@@ -190,6 +199,7 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
         requires_safety_checker: bool = True,
         preview_vae: AutoencoderTiny | None = None,
         reward_model: Any = None,
+        ige: InformationGainEvaluator | None = None,
     ) -> None:
         StableDiffusionPipeline.__init__(
             self,
@@ -203,7 +213,7 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
             image_encoder=image_encoder,
             requires_safety_checker=requires_safety_checker,
         )
-        self._set_up_search(preview_vae, reward_model)
+        self._set_up_search(preview_vae, reward_model, ige)
 
     @torch.no_grad()
     def __call__(
@@ -468,6 +478,14 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
         if self._execution_device.type == "cpu":
             return 8 if rows * columns <= 32 * 32 else 1
         return 64 if rows * columns <= 32 * 32 else 8
+
+    def _feature_channels(self) -> dict[str, int]:
+        """Two of each block's channels, as `FeatureTap` reads them, and three of the latents'."""
+        channels = self.unet.config.block_out_channels
+        blocks = {f"down.{i}": 2 * number for i, number in enumerate(channels)}
+        if self.unet.mid_block is not None:
+            blocks["mid"] = 2 * channels[-1]
+        return blocks | {"estimate": 3 * self.unet.config.in_channels}
 
     def _set_timesteps(self, stock: dict[str, Any]) -> None:
         """Prepare ``self.scheduler``, as the stock call does."""

@@ -8,12 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, StableDiffusionPipeline
 
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.families.stable_diffusion import MCTDStableDiffusionPipeline
+from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.rewards.clip import ClipReward
 from tests.pipelines import tiny
@@ -31,7 +33,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all our parts."""
     folder = tmp_path_factory.mktemp("saved")
     pipe = MCTDPipeline.from_pipe(
-        tiny.make_stock(), reward_model=tiny.make_clip_reward(), preview_vae=tiny.make_preview_vae()
+        tiny.make_stock(),
+        reward_model=tiny.make_clip_reward(),
+        preview_vae=tiny.make_preview_vae(),
+        ige=tiny.make_ige(),
     )
     pipe.save_pretrained(folder)
     return folder
@@ -61,13 +66,14 @@ def test_stock_classes_open_what_we_saved(
     assert "_mctd" not in said
     assert "not expected" not in said
     assert "preview" not in said
+    assert "ige" not in said
     pipe.set_progress_bar_config(disable=True)
     expected = tiny.make_stock()("a cat", generator=seeded(), **CALL).images
     assert torch.equal(pipe("a cat", generator=seeded(), **CALL).images, expected)
 
 
 @pytest.mark.parametrize("loader", [MCTDPipeline, MCTDStableDiffusionPipeline])
-def test_ours_restore_reward_and_preview_decoder(saved: Path, loader: Any) -> None:
+def test_ours_restore_reward_preview_decoder_and_head(saved: Path, loader: Any) -> None:
     pipe = loader.from_pretrained(saved)
     assert type(pipe) is MCTDStableDiffusionPipeline
     assert isinstance(pipe, StableDiffusionPipeline)
@@ -79,6 +85,10 @@ def test_ours_restore_reward_and_preview_decoder(saved: Path, loader: Any) -> No
     expected = tiny.make_preview_vae().decode(latents).sample
     with torch.no_grad():
         assert torch.equal(pipe.preview_vae.decode(latents).sample, expected)
+    source, target = torch.zeros(1), torch.ones(1, 2)
+    expected = tiny.make_ige().predict(None, source, target)
+    assert np.array_equal(pipe.ige.predict(None, source, target), expected)
+    assert torch.equal(pipe.ige.jump_cost, tiny.make_ige().jump_cost)
     pipe.set_progress_bar_config(disable=True)
     out = pipe("a cat", search="beam", compute=2, **CALL)
     assert out.ledger.total.previews > 0
@@ -92,9 +102,14 @@ def test_the_scale_of_a_reward_is_saved(tmp_path: Path, stock: Any) -> None:
 
 
 def test_saved_parts_can_be_replaced_or_left_out(saved: Path) -> None:
-    pipe = MCTDPipeline.from_pretrained(saved, reward_model=tiny.redness, preview_vae=None)
+    pipe = MCTDPipeline.from_pretrained(
+        saved, reward_model=tiny.redness, preview_vae=None, ige=None
+    )
     assert pipe.reward_model is tiny.redness
     assert pipe.preview_vae is None
+    assert pipe.ige is None
+    head = tiny.make_ige(seed=4)
+    assert MCTDPipeline.from_pretrained(saved, ige=head).ige is head
     assert MCTDPipeline.from_pretrained(saved, reward_model=None).reward_model is None
 
 
@@ -105,10 +120,10 @@ def test_the_index_is_stock_but_for_one_private_key_and_what_not_to_download(
     stock = json.loads((saved_stock / "model_index.json").read_text())
     entries, not_to_download = ours.pop("_mctd"), ours.pop("_ignore_files")
     assert ours == stock
-    assert set(entries) == {"preview_vae", "reward_model"}
+    assert set(entries) == {"ige", "preview_vae", "reward_model"}
     assert not_to_download == [
         path.relative_to(saved).as_posix()
-        for folder in ("preview_vae", "reward_model")
+        for folder in ("ige", "preview_vae", "reward_model")
         for path in sorted((saved / folder).iterdir())
     ]
 
@@ -127,24 +142,29 @@ def test_parts_that_a_script_put_beside_the_stock_ones_are_found(
     shutil.copytree(saved_stock, folder)
     tiny.make_clip_reward().save_pretrained(folder / "reward_model")
     tiny.make_preview_vae().save_pretrained(folder / "preview_vae")
+    tiny.make_ige().save_pretrained(folder / "ige")
     pipe = MCTDPipeline.from_pretrained(folder)
     assert isinstance(pipe.reward_model, ClipReward)
     assert pipe.preview_vae is not None
+    assert pipe.ige is not None
     pipe.reward_model = tiny.redness
-    pipe.preview_vae = None
+    pipe.preview_vae = pipe.ige = None
     pipe.save_pretrained(folder)
     again = MCTDPipeline.from_pretrained(folder)
     assert again.reward_model is None
     assert again.preview_vae is None
+    assert again.ige is None
 
 
 def test_parts_assigned_late_are_saved(stock: Any, tmp_path: Path) -> None:
     pipe = MCTDPipeline.from_pipe(stock)
     pipe.preview_vae = tiny.make_preview_vae()
+    pipe.ige = tiny.make_ige()
     pipe.reward_model = tiny.make_clip_reward()
     pipe.save_pretrained(tmp_path)
     again = MCTDPipeline.from_pretrained(tmp_path)
     assert again.preview_vae is not None
+    assert again.ige is not None
     assert again.reward_model is not None
 
 
@@ -166,13 +186,31 @@ def test_a_stock_folder_opens_as_its_family(saved_stock: Path) -> None:
     assert type(pipe) is MCTDStableDiffusionPipeline
     assert pipe.reward_model is tiny.redness
     assert pipe.preview_vae is None
+    assert pipe.ige is None
 
 
 def test_stock_arguments_reach_the_stock_loader(saved: Path) -> None:
     pipe = MCTDPipeline.from_pretrained(saved, dtype=torch.bfloat16)
-    assert pipe.unet.dtype == pipe.preview_vae.dtype == torch.bfloat16
+    assert pipe.unet.dtype == pipe.preview_vae.dtype == pipe.ige.dtype == torch.bfloat16
+    dtypes = {"unet": torch.bfloat16, "ige": torch.float16, "default": torch.float32}
+    pipe = MCTDPipeline.from_pretrained(saved, dtype=dtypes)
+    assert pipe.unet.dtype == torch.bfloat16
+    assert pipe.ige.dtype == torch.float16
+    assert pipe.preview_vae.dtype == torch.float32
     scheduler = tiny.make_scheduler("euler")
     assert MCTDPipeline.from_pretrained(saved, scheduler=scheduler).scheduler is scheduler
+
+
+def test_parts_are_loaded_in_the_variant_that_was_saved(stock: Any, tmp_path: Path) -> None:
+    pipe = MCTDPipeline.from_pipe(stock, preview_vae=tiny.make_preview_vae(), ige=tiny.make_ige())
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    assert not (tmp_path / "ige" / "diffusion_pytorch_model.safetensors").exists()
+    again = MCTDPipeline.from_pretrained(tmp_path, variant="fp16")
+    assert again.ige is not None
+    assert again.preview_vae is not None
+    pipe.ige.save_pretrained(tmp_path / "ige")
+    (tmp_path / "ige" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    assert MCTDPipeline.from_pretrained(tmp_path, variant="fp16").ige is not None
 
 
 def test_an_unknown_pipeline_is_refused_with_those_supported(tmp_path: Path) -> None:
@@ -197,6 +235,33 @@ def test_a_wrong_reward_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
     with pytest.raises(ConfigError, match="colourful"):
         MCTDPipeline.from_pretrained(saved_stock, reward_model="colourfull")
+
+
+def test_a_head_of_another_network_is_refused(saved_stock: Path, tmp_path: Path) -> None:
+    stock = StableDiffusionPipeline.from_pretrained(saved_stock)
+    other = InformationGainEvaluator("StableDiffusionPipeline", {"mid": 32, "down.0": 640})
+    other.save_pretrained(tmp_path)
+    for load in (
+        lambda: MCTDPipeline.from_pretrained(saved_stock, ige=tmp_path),
+        lambda: MCTDPipeline.from_pipe(stock, ige=tmp_path),
+        lambda: MCTDPipeline.from_pipe(stock, ige=other),
+    ):
+        with pytest.raises(ConfigError, match=r"'down\.0': 640.*'down\.0': 16.*train one"):
+            load()
+    with pytest.raises(ConfigError, match=r"FluxPipeline.*StableDiffusionPipeline"):
+        MCTDPipeline.from_pipe(stock, ige=tiny.make_ige(family="FluxPipeline"))
+    with pytest.raises(ConfigError, match=r"is a type: pass an InformationGainEvaluator"):
+        MCTDPipeline.from_pipe(stock, ige=InformationGainEvaluator)
+
+
+def test_a_head_reads_the_features_that_a_search_gives(stock: Any) -> None:
+    pipe = MCTDPipeline.from_pipe(stock, reward_model=tiny.redness)
+    world = pipe.open_world("a cat", num_inference_steps=2, reads_features=True)
+    handles = world.environment.reset(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+    world.environment.denoise(handles)
+    features = world.environment.features(handles)
+    given = {name: rows.shape[-1] for name, rows in features.items()}
+    assert given == pipe._feature_channels()
 
 
 def test_the_community_pipeline_file_opens_as_ours(saved: Path) -> None:
@@ -233,8 +298,12 @@ def test_wrapping_keeps_every_dtype() -> None:
 
 def test_wrapping_ours_keeps_our_parts(stock: StableDiffusionPipeline) -> None:
     preview_vae = tiny.make_preview_vae()
-    first = MCTDPipeline.from_pipe(stock, reward_model=tiny.redness, preview_vae=preview_vae)
+    ige = tiny.make_ige()
+    first = MCTDPipeline.from_pipe(
+        stock, reward_model=tiny.redness, preview_vae=preview_vae, ige=ige
+    )
     second = MCTDPipeline.from_pipe(first)
+    assert second.ige is ige
     assert second.reward_model is tiny.redness
     assert second.preview_vae is preview_vae
     third = MCTDStableDiffusionPipeline.from_pipe(first, reward_model=None)
@@ -266,10 +335,10 @@ def test_a_reward_follows_to_a_device(stock: StableDiffusionPipeline) -> None:
     assert "reward_model" not in pipe.components
 
 
-def test_components_are_the_stock_ones_and_the_preview_decoder(
+def test_components_are_the_stock_ones_the_preview_decoder_and_the_head(
     stock: StableDiffusionPipeline,
 ) -> None:
     pipe = MCTDPipeline.from_pipe(stock)
-    assert set(pipe.components) == {*stock.components, "preview_vae"}
+    assert set(pipe.components) == {*stock.components, "ige", "preview_vae"}
     again = MCTDStableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
     assert again.unet is stock.unet

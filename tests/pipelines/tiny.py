@@ -20,6 +20,7 @@ from diffusers import (
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.rewards.clip import ClipReward, Preprocessing
 
 TEXT_LENGTH = 24
@@ -140,6 +141,27 @@ def make_preview_vae(seed: int = 1) -> AutoencoderTiny:
             latent_channels=4,
         )
     return preview_vae.eval()
+
+
+def make_ige(seed: int = 3, family: str = "StableDiffusionPipeline") -> InformationGainEvaluator:
+    """A head that reads the features of the tiny UNet."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        ige = InformationGainEvaluator(
+            family,
+            {"down.1": 32, "mid": 32, "estimate": 12},
+            embedding_size=4,
+            hidden_size=8,
+            num_layers=1,
+            num_levels=3,
+            log_snr_range=(-8.0, 8.0),
+            grids=(8, 50),
+            schedulers=("DDIMScheduler",),
+            guidance_scales=(4.0, 7.5),
+        )
+    ige.jump_log_snr.copy_(torch.tensor([-6.0, 0.0, 6.0]))
+    ige.jump_cost.fill_(0.5)
+    return ige.eval()
 
 
 def make_clip_reward(seed: int = 2) -> ClipReward:
