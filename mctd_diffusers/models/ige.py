@@ -239,6 +239,7 @@ class InformationGainEvaluator(ModelMixin, ConfigMixin):
         """
         self.check_features(features)
         for name, norm in zip(sorted(self.config["feature_channels"]), self.norms, strict=True):
+            assert isinstance(norm, FeatureNorm)
             norm.fit(features[name], log_snr)
 
     @torch.no_grad()

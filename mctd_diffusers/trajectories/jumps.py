@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -115,24 +116,25 @@ def free_jumps(
     )
 
 
-def cells_of(splits: LogSplit) -> Int[np.ndarray, " states"]:
-    """Number the sets of states that are at the same step of the same schedule.
+def cells_of(splits: Sequence[LogSplit]) -> list[Int[np.ndarray, " states"]]:
+    """Number the sets of states that are at the same step of the same schedule, over all splits.
 
     The same scheduler, share of fresh noise, number of steps and step index. With the stride, a
     cell is what a table of means could know, without a look at the state.
     """
-    trajectory = splits.states.trajectory
-    table = splits.trajectories
-    keys = np.stack(
-        [
-            np.unique(table.scheduler, return_inverse=True)[1][trajectory],
-            np.unique(table.eta, return_inverse=True)[1][trajectory],
-            table.num_steps[trajectory],
-            splits.states.step_index,
-        ],
-        axis=1,
-    )
-    return np.asarray(np.unique(keys, axis=0, return_inverse=True)[1].reshape(-1))
+    numbers: dict[tuple[str, float, int, int], int] = {}
+    cells = []
+    for split in splits:
+        trajectory, table = split.states.trajectory, split.trajectories
+        keys = zip(
+            table.scheduler[trajectory].tolist(),
+            table.eta[trajectory].tolist(),
+            table.num_steps[trajectory].tolist(),
+            split.states.step_index.tolist(),
+            strict=True,
+        )
+        cells.append(np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64))
+    return cells
 
 
 def groups_of(cells: Int[np.ndarray, " states"], size: int) -> list[npt.NDArray[np.int64]]:

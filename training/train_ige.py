@@ -1,0 +1,805 @@
+r"""Trains an information gain evaluator on a log of denoising trajectories.
+
+It learns, from features of the denoiser at a state, what any jump down the schedule would tell: the
+variance of the calibrated value that it resolves, its truncation error, how similar the estimate
+after it is to the finished sample, and the mean gain. Prompts are split: a tenth of those to train
+on decides when to stop, and how far off predictions are; figures are of splits with other
+prompts. A share of the states shows no features, from which the head learns the typical state. ::
+
+    accelerate launch training/train_ige.py --log data/trajectories --output runs/ige
+
+About two minutes for a thousand trajectories on one CPU core. The output folder is what
+`InformationGainEvaluator.from_pretrained` loads; its card has the figures, also of grids and
+schedulers that are not in the training split, if the log has such splits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.evaluation.ige_report import (
+    Deviations,
+    Judged,
+    TargetFigures,
+    calibration_figure,
+    chi_square_transform,
+    expected_calibration_error,
+    figures_table,
+    fit_deviations,
+    log_variance_noise,
+    normal_transform,
+    reliability_table,
+    table_of_means,
+    target_figures,
+    within_correlation,
+)
+from mctd_diffusers.hub import card_text, push_folder
+from mctd_diffusers.models.ige import InformationGainEvaluator
+from mctd_diffusers.models.losses import JumpTargets, JumpWeights, jump_loss
+from mctd_diffusers.trajectories.dataset import Log, LogSplit, read_jump_table, read_log
+from mctd_diffusers.trajectories.jumps import (
+    JumpRows,
+    cells_of,
+    free_jumps,
+    groups_of,
+    jump_rows,
+    strides_of,
+)
+from mctd_diffusers.trajectories.targets import Calibration, fit_calibration
+
+logger = logging.getLogger("train_ige")
+
+TARGETS = {
+    "truncation_error": "log_truncation_error",
+    "resolved_variance": "log_variance",
+    "mean_gain": "mean_gain",
+    "final_similarity": "final_similarity",
+}
+"""Target in the report -> name of the head's output."""
+
+
+@dataclass
+class Options:
+    """What to train, on what, and for how long."""
+
+    log: str = field(
+        default="data/trajectories", metadata={"help": "folder that mctd log-trajectories wrote"}
+    )
+    output: str = field(default="runs/ige", metadata={"help": "folder for the head and its card"})
+    train_split: str = field(default="train", metadata={"help": "the split to train on"})
+    validation_share: float = field(
+        default=0.1, metadata={"help": "share of its prompts that decides when to stop"}
+    )
+    init_from: str = field(default="", metadata={"help": "a head to begin with"})
+    base_model: str = field(default="", metadata={"help": "the model's repository, for the card"})
+    embedding_size: int = field(default=32, metadata={"help": "size of each block's projection"})
+    hidden_size: int = field(default=128, metadata={"help": "width of the trunk"})
+    num_layers: int = field(default=3, metadata={"help": "residual layers of the trunk"})
+    feature_dropout: float = field(default=0.7, metadata={"help": "share of features dropped"})
+    embedding_dropout: float = field(default=0.5, metadata={"help": "share of projections dropped"})
+    typical_share: float = field(
+        default=0.15, metadata={"help": "share of states that show no features"}
+    )
+    variance_weight: float = field(default=0.5, metadata={"help": "weight of the log variance"})
+    gain_weight: float = field(default=0.5, metadata={"help": "weight of the mean gain"})
+    similarity_weight: float = field(default=5.0, metadata={"help": "weight of the similarity"})
+    ranking_weight: float = field(default=0.5, metadata={"help": "weight of the ranking"})
+    group_size: int = field(default=8, metadata={"help": "states of one cell in a batch, at most"})
+    train_batch_size: int = field(default=32, metadata={"help": "groups of states a step"})
+    free_jumps: int = field(default=1, metadata={"help": "jumps along the trajectory, a state"})
+    max_train_steps: int = field(default=1500, metadata={"help": "optimiser steps at most"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "of AdamW, after the warm-up"})
+    weight_decay: float = field(default=0.3, metadata={"help": "of AdamW, for matrices"})
+    warmup_steps: int = field(default=100, metadata={"help": "steps of rising learning rate"})
+    decay_steps: int = field(
+        default=750, metadata={"help": "last steps, over which the learning rate falls to zero"}
+    )
+    max_grad_norm: float = field(default=1.0, metadata={"help": "bound of the gradient's norm"})
+    ema_decay: float = field(default=0.99, metadata={"help": "of the averaged weights"})
+    seed: int = field(default=0, metadata={"help": "seed of weights, data order and noise"})
+    mixed_precision: str = field(
+        default="no", metadata={"help": "no, fp16 or bf16, where the device has it"}
+    )
+    report_to: str = field(default="none", metadata={"help": "a tracker, or 'none'"})
+    validation_steps: int = field(default=100, metadata={"help": "steps between validations"})
+    patience: int = field(
+        default=6, metadata={"help": "validations without a better one, after which to stop"}
+    )
+    checkpointing_steps: int = field(default=250, metadata={"help": "steps between checkpoints"})
+    checkpoints_total_limit: int = field(default=2, metadata={"help": "checkpoints kept"})
+    resume_from_checkpoint: str = field(
+        default="", metadata={"help": "a checkpoint folder, or 'latest' of the output folder"}
+    )
+    push_to_hub: bool = field(default=False, metadata={"help": "push the head and its card"})
+    hub_model_id: str = field(
+        default="", metadata={"help": "repository to push to; the output folder's name if ''"}
+    )
+    hub_private: bool = field(default=False, metadata={"help": "whether a new one is private"})
+    num_threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves them be"})
+
+
+# --- same in every script: checkpointing
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a flag, so that a run ends with a whole checkpoint."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, frame: object) -> None:
+        self.is_set = True
+
+    def is_agreed(self, accelerator: Accelerator) -> bool:
+        """Says whether any process was asked to stop; all of them call it once a step."""
+        if accelerator.num_processes == 1:
+            return self.is_set
+        flags = accelerator.gather(torch.tensor([self.is_set], device=accelerator.device))
+        return bool(flags.any())
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Lists the whole checkpoints of a run, oldest first."""
+    found = [path for path in output.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def save_checkpoint(accelerator: Accelerator, output: Path, step: int, limit: int) -> None:
+    """Saves weights, optimiser, averages and random state; a killed save leaves no trace.
+
+    The data position needs no file: the order of the data follows from the seed and the step.
+    """
+    final = output / f"checkpoint-{step}"
+    unfinished = output / f"checkpoint-{step}.unfinished"
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.replace(final)
+        for old in checkpoints(output)[:-limit]:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(accelerator: Accelerator, output: Path, name: str) -> int:
+    """Loads a checkpoint by path, or the 'latest' of a run; '' begins anew.
+
+    Returns:
+        The step to go on from.
+
+    Raises:
+        ConfigError: the named folder is no checkpoint.
+    """
+    if not name:
+        return 0
+    if name == "latest":
+        found = checkpoints(output)
+        if not found:
+            return 0
+        path = found[-1]
+    else:
+        path = Path(name)
+        if not path.is_dir() or not path.name[11:].isdigit():
+            raise ConfigError(f"resume_from_checkpoint={name!r} is no folder checkpoint-STEP")
+    accelerator.load_state(str(path))
+    return int(path.name[11:])
+
+
+def batch_indices(num_rows: int, batch_size: int, seed: int, first_step: int) -> Iterator[Any]:
+    """Yields the rows of each batch from a step on, every epoch in an order of its own.
+
+    Batches run on over the ends of epochs, so that a set smaller than a batch works too.
+    """
+    position = first_step * batch_size
+    while True:
+        rows: list[int] = []
+        while len(rows) < batch_size:
+            epoch, offset = divmod(position, num_rows)
+            order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+            taken = order[offset : offset + batch_size - len(rows)]
+            rows += taken.tolist()
+            position += len(taken)
+        yield rows
+
+
+# --- end
+
+
+# --- same in every script: learning rate
+def learning_rate(step: int, peak: float, warmup: int, decay: int, last: int) -> float:
+    """Rises over `warmup` steps, stays at the peak, and falls to zero over the last `decay`."""
+    rising = min(1.0, (step + 1) / max(1, warmup))
+    falling = min(1.0, (last - step) / max(1, decay))
+    return peak * rising * falling
+
+
+# --- end
+
+
+@dataclass
+class Examples:
+    """A split with what its jumps are to teach, on the host.
+
+    Attributes:
+        split: of the log.
+        features: of its states, half precision.
+        rows: what is known of jumps.
+        cells: of its states.
+        states: those of which something of a jump is known.
+    """
+
+    split: LogSplit
+    features: dict[str, Tensor]
+    rows: JumpRows
+    cells: np.ndarray
+    states: np.ndarray
+
+
+def make_examples(
+    splits: Mapping[str, LogSplit], calibration: Calibration, strides: tuple[int, ...]
+) -> dict[str, Examples]:
+    """Brings every split into the form of examples; cells are numbered over all of them."""
+    examples = {}
+    for (name, split), cells in zip(splits.items(), cells_of(list(splits.values())), strict=True):
+        rows = jump_rows(split, calibration, strides)
+        is_known = ~(np.isnan(rows.log_truncation_error) & np.isnan(rows.sibling_variance))
+        features = {block: torch.from_numpy(part) for block, part in split.features.items()}
+        states = np.flatnonzero(is_known.any(axis=1))
+        if not len(states):
+            raise ConfigError(
+                f"split {name!r} has neither jumps nor siblings: log it with probes and siblings"
+            )
+        examples[name] = Examples(split, features, rows, cells, states)
+    return examples
+
+
+def split_prompts(log: Log, options: Options) -> dict[str, LogSplit]:
+    """Takes prompts to validate on off the training split; and to hold out, if no split does.
+
+    Raises:
+        ConfigError: there are too few prompts, or a held-out split has some of those to train on.
+    """
+    whole = log.splits[options.train_split]
+    prompts = np.unique(whole.trajectories.prompt)
+    count = max(1, round(options.validation_share * len(prompts)))
+    others = {name: split for name, split in log.splits.items() if name != options.train_split}
+    parts = 1 if others else 2
+    if len(prompts) <= parts * count:
+        raise ConfigError(
+            f"split {options.train_split!r} has {len(prompts)} prompts, of which {parts * count} "
+            "are held out: log more, or lower validation_share"
+        )
+    for name, split in others.items():
+        shared = np.intersect1d(prompts, split.trajectories.prompt)
+        if len(shared):
+            raise ConfigError(
+                f"{len(shared)} prompts of split {name!r} are in {options.train_split!r} too, such "
+                f"as {str(shared[0])!r}: log it with other prompts, or take its files away"
+            )
+    order = np.random.default_rng(options.seed).permutation(prompts)
+    names = ["validation", "held_out"][:parts]
+    taken = {name: order[i * count : (i + 1) * count] for i, name in enumerate(names)}
+    kept = {"train": order[parts * count :], **taken}
+    made = {
+        name: whole.take(np.isin(whole.trajectories.prompt, some), name)
+        for name, some in kept.items()
+    }
+    return made | others
+
+
+def make_head(log: Log, train: LogSplit, calibration: Calibration, options: Options) -> Any:
+    """Makes a head for what the log holds, or loads one to go on with.
+
+    Raises:
+        ConfigError: the one to go on with is for another model.
+    """
+    table = read_jump_table(options.log, options.train_split)
+    trajectories, states = train.trajectories, train.states
+    seen: dict[str, Any] = {
+        "num_levels": len(table.log_snr),
+        "reward_scale": float(trajectories.reward.std()) or 1.0,
+        "log_snr_range": [float(states.log_snr.min()), float(states.final_log_snr.max())],
+        "grids": np.unique(trajectories.num_steps).tolist(),
+        "schedulers": np.unique(trajectories.scheduler).tolist(),
+        "guidance_scales": np.unique(trajectories.guidance_scale).tolist(),
+        "calibration": calibration.to_dict(),
+    }
+    head = InformationGainEvaluator(
+        log.family,
+        log.feature_channels,
+        embedding_size=options.embedding_size,
+        hidden_size=options.hidden_size,
+        num_layers=options.num_layers,
+        feature_dropout=options.feature_dropout,
+        embedding_dropout=options.embedding_dropout,
+        **seen,
+    )
+    features = {name: torch.from_numpy(rows) for name, rows in train.features.items()}
+    head.fit_features(features, torch.from_numpy(states.log_snr))
+    if options.init_from:
+        begun = InformationGainEvaluator.from_pretrained(options.init_from)
+        begun.check_family(log.family)
+        begun.check_features(features)
+        weights = {
+            name: weight for name, weight in begun.state_dict().items() if "jump" not in name
+        }
+        try:
+            head.load_state_dict(weights, strict=False)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"init_from={options.init_from!r} has other sizes than embedding_size, hidden_size "
+                f"and num_layers say ({error}): name those of its config.json"
+            ) from error
+    head.jump_log_snr.copy_(torch.from_numpy(table.log_snr))
+    head.jump_cost.copy_(torch.from_numpy(table.cost))
+    return head
+
+
+def begin_near(head: InformationGainEvaluator, rows: JumpRows) -> None:
+    """Sets the biases of the outputs to what targets are in the mean."""
+    variances = rows.sibling_variance[rows.sibling_variance > 0]
+    with torch.no_grad():
+        if len(variances):
+            unit = 2 * math.log(head.config["reward_scale"])
+            head.head.bias[1] = float(np.log(variances).mean()) - unit
+        head.head.bias[3] = float(np.nanmean(rows.log_truncation_error))
+
+
+def to_targets(rows: JumpRows, device: torch.device) -> JumpTargets:
+    """Brings targets to the device."""
+    return JumpTargets(
+        *(torch.from_numpy(getattr(rows, name)).float().to(device) for name in JumpTargets._fields)
+    )
+
+
+@torch.no_grad()
+def judge(
+    head: InformationGainEvaluator, examples: Examples, prompts: dict[str, int]
+) -> dict[str, Judged]:
+    """Predicts all jumps of a split of which something is known."""
+    device = head.typical.device
+    is_training = head.training
+    head.eval()
+    states, parts = examples.states, []
+    for chosen in np.array_split(states, max(1, len(states) // 2048)):
+        output = head(
+            {name: rows[chosen].to(device) for name, rows in examples.features.items()},
+            torch.from_numpy(examples.split.states.log_snr[chosen]).to(device),
+            torch.from_numpy(examples.rows.target_log_snr[chosen]).float().to(device),
+        )
+        parts.append({name: output[name].double().cpu().numpy() for name in TARGETS.values()})
+    head.train(is_training)
+    with np.errstate(divide="ignore"):
+        log_variance = np.log(examples.rows.sibling_variance)
+    actual = examples.rows._asdict() | {"log_variance": log_variance}
+    strides = examples.rows.target_log_snr.shape[1]
+    cells = examples.cells[states][:, None] * strides + np.arange(strides)
+    texts = examples.split.trajectories.prompt[examples.split.states.trajectory[states]]
+    owners = np.array([prompts.setdefault(text, len(prompts)) for text in texts.tolist()])
+    owners = np.repeat(owners[:, None], strides, axis=1)
+    judged = {}
+    for target, name in TARGETS.items():
+        known = np.isfinite(actual[name][states])
+        predicted = np.concatenate([part[name] for part in parts])[known]
+        judged[target] = Judged(predicted, actual[name][states][known], cells[known], owners[known])
+    return judged
+
+
+def validation_score(judged: dict[str, Judged]) -> dict[str, float]:
+    """Correlations within cells, and the mean of the two that decide when to stop."""
+    figures = {}
+    for target in ("truncation_error", "resolved_variance"):
+        if len(judged[target].actual):
+            figures[target] = within_correlation(judged[target]).mean
+    return {**figures, "score": float(np.mean(list(figures.values())))}
+
+
+@dataclass
+class Calibrated:
+    """How far off predictions are, fitted on prompts that nothing was trained on."""
+
+    deviations: dict[str, Deviations]
+
+    def transforms(self, target: str, judged: Judged, siblings: int) -> np.ndarray:
+        """Probability integral transforms of a target's residuals."""
+        residuals, deviations = judged.actual - judged.predicted, self.deviations[target]
+        spread = deviations(judged.predicted)
+        if target == "resolved_variance":
+            noise = log_variance_noise(siblings)
+            residuals, spread = residuals - noise.mean, np.sqrt(spread**2 + noise.variance)
+        return normal_transform(residuals, spread)
+
+
+def calibrate(head: InformationGainEvaluator, examples: Examples) -> Calibrated:
+    """Shifts the log variance to be right in the mean, and fits how far off predictions are."""
+    judged = judge(head, examples, {})["resolved_variance"]
+    if len(judged.actual):
+        with torch.no_grad():
+            head.head.bias[1] += float(np.log(np.exp(judged.actual - judged.predicted).mean()))
+    deviations = {}
+    for target, rows in judge(head, examples, {}).items():
+        noise = log_variance_noise(examples.split.siblings.values.shape[1])
+        is_variance = target == "resolved_variance"
+        if len(rows.actual) > 1:
+            deviations[target] = fit_deviations(
+                rows.predicted,
+                rows.actual - (noise.mean if is_variance else 0),
+                noise=noise.variance if is_variance else 0,
+            )
+    return Calibrated(deviations)
+
+
+def write_report(
+    head: InformationGainEvaluator,
+    examples: dict[str, Examples],
+    options: Options,
+    steps: int,
+    command: str,
+) -> None:
+    """Measures the head on every held-out split, and writes card, figures and picture."""
+    output = Path(options.output)
+    calibrated = calibrate(head, examples["validation"])
+    prompts: dict[str, int] = {}
+    trained = judge(head, examples["train"], prompts)
+    known = {}
+    for target, rows in trained.items():
+        cells, place = np.unique(rows.cell, return_inverse=True)
+        sums, counts = np.bincount(place, rows.actual), np.bincount(place)
+        known[target] = dict(zip(cells.tolist(), (sums / counts).tolist(), strict=True))
+    figures: dict[str, dict[str, TargetFigures]] = {}
+    chi_square, shown, shown_transforms = {}, {}, {}
+    for name in [name for name in examples if name not in ("train", "validation")]:
+        siblings = examples[name].split.siblings.values.shape[1]
+        figures[name] = {}
+        for target, rows in judge(head, examples[name], prompts).items():
+            if len(rows.actual) < 2 or target not in calibrated.deviations:
+                continue
+            transforms = calibrated.transforms(target, rows, siblings)
+            means = table_of_means(rows.actual, rows.cell, known[target])
+            figures[name][target] = target_figures(rows, means, transforms)
+            if target == "resolved_variance":
+                exact = chi_square_transform(np.exp(rows.actual), rows.predicted, siblings)
+                chi_square[name] = expected_calibration_error(exact)
+            if len(figures) == 1:
+                shown[target], shown_transforms[target] = rows, transforms
+    table, reliability = figures_table(figures), reliability_table(shown_transforms)
+    for line in table:
+        logger.info(line)
+    head.save_pretrained(output)
+    calibration_figure(shown, shown_transforms).savefig(output / "calibration.png")
+    text = {
+        "steps": steps,
+        "chi_square_calibration_error": chi_square,
+        **{name: {key: asdict(one) for key, one in rows.items()} for name, rows in figures.items()},
+    }
+    (output / "figures.json").write_text(json.dumps(text, indent=1) + "\n", "utf-8")
+    (output / "README.md").write_text(
+        make_card(head, examples, options, steps, command, table, reliability, chi_square), "utf-8"
+    )
+
+
+def make_card(
+    head: InformationGainEvaluator,
+    examples: dict[str, Examples],
+    options: Options,
+    steps: int,
+    command: str,
+    table: list[str],
+    reliability: list[str],
+    chi_square: dict[str, float],
+) -> str:
+    """Writes the model card."""
+    config = head.config
+    first = next(name for name in examples if name not in ("train", "validation"))
+    held = {name: part.split for name, part in examples.items() if name != "train"}
+    rows = "\n".join(
+        f"| {name} | {len(split.trajectories.number)} "
+        f"| {', '.join(np.unique(split.trajectories.scheduler).tolist())} "
+        f"| {', '.join(map(str, np.unique(split.trajectories.num_steps).tolist()))} "
+        f"| {split.siblings.values.shape[1]} |"
+        for name, split in {"train": examples["train"].split, **held}.items()
+    )
+    errors = ", ".join(f"{name} {error:.3f}" for name, error in chi_square.items())
+    metadata = {
+        "library_name": "diffusers",
+        "base_model": options.base_model or None,
+        "tags": ["diffusers", "mctd-diffusers", "information-gain-evaluator"],
+    }
+    lines = "\n".join(table)
+    return card_text(
+        metadata,
+        f"""# Information gain evaluator for {config["family"]}
+
+Predicts, from features of the denoiser at a state x_t, what a jump down the schedule would tell:
+its truncation error, the variance of the value that it resolves, the similarity of the estimate
+after it with the finished sample, and the mean gain of the calibrated value.
+{head.num_parameters():,} parameters, trained for {steps} steps by
+
+```bash
+{command}
+```
+
+Noise levels {config["log_snr_range"][0]:.2f} to {config["log_snr_range"][1]:.2f} in log-SNR;
+guidance scales {", ".join(map(str, config["guidance_scales"]))}; features
+{", ".join(f"`{name}` ({size})" for name, size in sorted(config["feature_channels"].items()))}.
+
+| split | trajectories | schedulers | grids | siblings |
+| --- | --- | --- | --- | --- |
+{rows}
+
+No prompt is in two of train, validation and the held-out splits.
+
+## Figures
+
+{lines}
+
+A *cell* holds jumps from the same step of the same schedule (scheduler, eta, number of steps) over
+the same stride. *Within cells*: Pearson's correlation after the mean of its cell is taken off both
+sides, with a 95 % bootstrap interval over prompts. *Gain over cell means*:
+1 - sum (y - prediction)^2 / sum (y - mean)^2, the mean that of the cell in training, or of the
+other held-out jumps of a cell that training never saw. *Calibration error*: the mean over q = 0.1,
+0.2, ... 0.9 of |share of residuals whose transform is at most q - q|, the transform being the
+normal distribution function of the residual over its deviation. Deviations are fitted on the
+validation prompts, by what is predicted; to that of the log variance the noise of a sample variance
+is added (digamma and trigamma of (M - 1) / 2). If the predicted variance were held to be exact, the
+error of the chi-square transforms of (M - 1) s^2 / v would be: {errors or "unknown"}.
+
+## Reliability on {first}
+
+Shares of residuals below each quantile.
+
+{chr(10).join(reliability)}
+
+![Predicted against measured, and observed against expected shares](calibration.png)
+
+```python
+from mctd_diffusers.models.ige import InformationGainEvaluator
+
+ige = InformationGainEvaluator.from_pretrained("path or repository")
+```
+""",
+    )
+
+
+def push(options: Options) -> None:
+    """Pushes the head, its card and its figures."""
+    output = Path(options.output)
+    names = ("config.json", "diffusion_pytorch_model.safetensors", "README.md")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (*names, "figures.json", "calibration.png"):
+            shutil.copy(output / name, folder)
+        commit = push_folder(
+            folder,
+            options.hub_model_id or output.resolve().name,
+            private=options.hub_private or None,
+            commit_message="Upload InformationGainEvaluator",
+        )
+    logger.info("pushed to %s", commit)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, stops early, measures and saves."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["accelerate", "launch", "training/train_ige.py", *given])
+    output = Path(options.output)
+
+    # Seed and accelerator.
+    if options.num_threads:
+        torch.set_num_threads(options.num_threads)
+    set_seed(options.seed)
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        log_with=None if options.report_to == "none" else options.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
+    )
+
+    # Data.
+    log = read_log(options.log)
+    if options.train_split not in log.splits:
+        raise ConfigError(
+            f"no split {options.train_split!r} in {options.log!r}, only {sorted(log.splits)}"
+        )
+    splits = split_prompts(log, options)
+    train = splits["train"]
+    calibration = fit_calibration(
+        train.states.value,
+        train.states.log_snr,
+        train.trajectories.reward[train.states.trajectory],
+    )
+    strides = strides_of(train)
+    examples = make_examples(splits, calibration, strides)
+    shown, states = examples["train"], examples["train"].states
+    groups = [states[group] for group in groups_of(shown.cells[states], options.group_size)]
+    logger.info("%d states in %d groups, strides %s", len(states), len(groups), strides)
+
+    # Models.
+    output.mkdir(parents=True, exist_ok=True)
+    if options.report_to != "none":
+        accelerator.init_trackers("logs", config=asdict(options))
+    head = make_head(log, train, calibration, options)
+    if not options.init_from:
+        begin_near(head, shown.rows)
+    trained = list(head.parameters())
+    ema = EMAModel(trained, decay=options.ema_decay)
+    logger.info("%.3f M parameters are trained", sum(p.numel() for p in trained) / 1e6)
+
+    # Optimiser.
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [p for p in trained if p.ndim > 1],
+                "weight_decay": options.weight_decay,
+            },
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=options.learning_rate,
+    )
+    learner, optimizer = accelerator.prepare(head, optimizer)
+    ema.to(accelerator.device)
+    accelerator.register_for_checkpointing(ema)
+
+    # Loop.
+    stop = StopRequest()
+    step = load_checkpoint(accelerator, output, options.resume_from_checkpoint)
+    best = Best(output / "best", step)
+    weights = JumpWeights(
+        options.variance_weight,
+        options.gain_weight,
+        options.similarity_weight,
+        options.ranking_weight,
+    )
+    share = (accelerator.process_index, accelerator.num_processes)
+    size = options.train_batch_size * share[1]
+    batches = batch_indices(len(groups), size, options.seed, step)
+    progress = tqdm(total=options.max_train_steps, initial=step, desc="ige", mininterval=10)
+    is_stopping = False
+    while step < options.max_train_steps and not is_stopping and not best.is_past(options.patience):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                step,
+                options.learning_rate,
+                options.warmup_steps,
+                options.decay_steps,
+                options.max_train_steps,
+            )
+        # What a step draws follows from the seed and the step, so that a resumed run goes on alike.
+        rng = np.random.default_rng([options.seed, step, share[0]])
+        chosen = np.concatenate([groups[one] for one in next(batches)[share[0] :: share[1]]])
+        free = free_jumps(train, calibration, chosen, options.free_jumps, rng)
+        rows = JumpRows(
+            *(
+                np.concatenate([known[chosen], drawn], axis=1)
+                for known, drawn in zip(shown.rows, free, strict=True)
+            )
+        )
+        width = rows.target_log_snr.shape[1]
+        cells = shown.cells[chosen][:, None] * width + np.arange(width)
+        with accelerator.autocast():
+            predicted = learner(
+                {
+                    name: part[chosen].to(accelerator.device)
+                    for name, part in shown.features.items()
+                },
+                torch.from_numpy(train.states.log_snr[chosen]).to(accelerator.device),
+                torch.from_numpy(rows.target_log_snr).float().to(accelerator.device),
+                torch.from_numpy(rng.random(len(chosen)) < options.typical_share).to(
+                    accelerator.device
+                ),
+            )
+        loss, terms = jump_loss(
+            {name: part.float() for name, part in predicted.items()},
+            to_targets(rows, accelerator.device),
+            torch.from_numpy(np.repeat(chosen[:, None], width, axis=1)).to(accelerator.device),
+            torch.from_numpy(cells).to(accelerator.device),
+            reward_scale=head.config["reward_scale"],
+            weights=weights,
+        )
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(learner.parameters(), options.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(trained)
+        step += 1
+        is_stopping = stop.is_agreed(accelerator)
+        progress.update()
+
+        if step % 20 == 0:
+            if not math.isfinite(loss.item()):
+                raise ConfigError(f"the loss is {loss.item()} at step {step}; lower learning_rate")
+            values = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
+            accelerator.log(values, step=step)
+            progress.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
+        is_last = step == options.max_train_steps
+        if is_last or step % options.validation_steps == 0:
+            ema.store(trained)
+            ema.copy_to(trained)
+            figures = validation_score(judge(head, examples["validation"], {}))
+            best.offer(head, figures["score"], step, accelerator)
+            ema.restore(trained)
+            accelerator.log({f"validation/{name}": one for name, one in figures.items()}, step=step)
+            text = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            logger.info("step %d: loss %.3f, within cells: %s", step, loss.item(), text)
+        if is_last or is_stopping or step % options.checkpointing_steps == 0:
+            save_checkpoint(accelerator, output, step, options.checkpoints_total_limit)
+    progress.close()
+
+    # Save.
+    if is_stopping and step < options.max_train_steps:
+        logger.info("stopped at step %d; go on with --resume_from_checkpoint latest", step)
+    elif accelerator.is_main_process:
+        head = InformationGainEvaluator.from_pretrained(output / "best")
+        write_report(head, examples, options, best.step, command)
+        logger.info("saved %s, of step %d", output, best.step)
+        if options.push_to_hub:
+            push(options)
+    accelerator.end_training()
+
+
+class Best:
+    """The head that validated best, kept in a folder, so that a resumed run knows it.
+
+    Args:
+        folder: where it is kept.
+        step: that the run goes on from; what was found after it is forgotten.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder = folder
+        self.validations: dict[int, float] = {}
+        record = folder / "validations.json"
+        if step and record.exists():
+            found = json.loads(record.read_text("utf-8"))
+            self.validations = {int(one): score for one, score in found.items() if int(one) <= step}
+
+    @property
+    def step(self) -> int:
+        """Of the best validation; 0 before any."""
+        return max(self.validations, key=lambda step: self.validations[step], default=0)
+
+    def is_past(self, patience: int) -> bool:
+        """Whether so many validations since were not better."""
+        return sum(step > self.step for step in self.validations) >= patience
+
+    def offer(
+        self, head: InformationGainEvaluator, score: float, step: int, accelerator: Accelerator
+    ) -> None:
+        """Keeps the head if its score is the best so far."""
+        self.validations[step] = score
+        if accelerator.is_main_process:
+            if self.step == step:
+                head.save_pretrained(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self.validations, indent=1)
+            (self.folder / "validations.json").write_text(text + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"train_ige: {error}")
