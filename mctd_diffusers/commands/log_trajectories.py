@@ -236,7 +236,7 @@ def _command(name: str, function: Any, given: dict[str, Any], besides: set[str])
 # Doing it
 
 
-def _log(pipe: MCTDPipeline, settings: LogSettings, output: Path, split: str, command: str) -> None:
+def _log(pipe: MCTDPipeline, settings: LogSettings, output: Path, split: str) -> None:
     """Write the shards that are missing, under a bar over the trajectories."""
     from mctd_diffusers.trajectories.logging import log_trajectories
     from mctd_diffusers.trajectories.plan import shard_of

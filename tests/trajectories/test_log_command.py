@@ -43,7 +43,7 @@ def arguments(model: Path, *more: str) -> list[str]:
     """A log of four files, in a second."""
     given = ["log-trajectories", "--prompts", "prompts.txt", "--trajectories", "4"]
     given += ["--model", str(model), "--reward", "brightness", "--output", "log"]
-    given += ["--grids", "32", "--strides", "1,4", "--samplers", "ddim:1,ddpm", "--probes", "1"]
+    given += ["--grids", "8", "--strides", "1,4", "--samplers", "ddim:1,ddpm", "--probes", "1"]
     given += ["--siblings", "2", "--shard-size", "1", "--rows-per-call", "1"]
     return [*given, *more]
 
@@ -83,7 +83,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     assert cli.main(arguments(model, "--dry-run", "--trajectories", "1000")) == 0
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["trajectories"].strip() == "1,000 in 1,000 files"
-    assert int(lines["NFE"].replace(",", "")) > 1000 * 32
+    assert int(lines["NFE"].replace(",", "")) > 1000 * 8
     assert float(lines["gigabytes"]) > 0.01
     assert " in one process on " in lines["hours"]
     assert files_of(tmp_path) == before
@@ -198,8 +198,8 @@ def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def quick(model: Path) -> list[str]:
-    """A log of sixty files, in seconds."""
-    given = arguments(model, "--trajectories", "60", "--grids", "4,6", "--strides", "1")
+    """A log of forty files, in seconds."""
+    given = arguments(model, "--trajectories", "40", "--grids", "4,6", "--strides", "1")
     return [*given, "--samplers", "ddim:1,ddpm"]
 
 
@@ -211,10 +211,10 @@ def test_a_log_that_was_killed_ten_times_equals_one_that_was_not(
     assert [line.split()[-1] for line in after] == ["True"] * 10
     files = [int(line.split()[0]) for line in after]
     assert files == sorted(files)
-    assert 0 < files[-1] < 60
+    assert 0 < files[-1] < 40
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert files_of(killed) == files_of(whole)
-    assert [row["index"] for row in read_rows(killed / "log")] == list(range(60))
+    assert [row["index"] for row in read_rows(killed / "log")] == list(range(40))
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_the_same_of_processes_that_begin_anew(model: Path, tmp_path: Path) -> N
         time.sleep(chance.uniform(0, 0.2))
         child.kill()
         assert child.wait() < 0
-    assert len(read_rows(killed / "log")) < 60
+    assert len(read_rows(killed / "log")) < 40
     run(*command, cwd=killed)
     assert files_of(killed / "log") == files_of(tmp_path / "log")
 
