@@ -102,11 +102,11 @@ def repository_of(source: str | os.PathLike[str] | None) -> str | None:
     return name if is_name else None
 
 
-def texts_beside(source: str | os.PathLike[str] | None) -> dict[str, str]:
-    """Card, licences and the like in the folder that something was loaded from, by file name."""
+def documents_beside(source: str | os.PathLike[str] | None) -> dict[str, Path]:
+    """Card, licences, figures in the folder that something was loaded from, by file name."""
     if not source or not Path(source).is_dir():
         return {}
-    return {path.name: path.read_text(encoding="utf-8") for path in Path(source).glob("*.md")}
+    return {path.name: path for path in Path(source).iterdir() if path.suffix in {".md", ".png"}}
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import tempfile
 import time
 import warnings
@@ -57,11 +58,11 @@ from mctd_diffusers.hub import (
     CARD,
     HUB_ARGUMENTS,
     card_text,
+    documents_beside,
     hub_errors,
     is_repository,
     push_folder,
     repository_of,
-    texts_beside,
 )
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.results import (
@@ -393,8 +394,8 @@ class MCTDPipeline(DiffusionPipeline):
         r"""Push a repository that opens as the stock pipeline, and with our parts in ours.
 
         Its card is the one that the repository has, else the one in the folder that the pipeline
-        was loaded from, else one that says what its parts are and how to load them. Other texts of
-        that folder, such as licences, are pushed too.
+        was loaded from, else one that says what its parts are and how to load them. Other documents
+        of that folder, such as licences, are pushed too.
 
         Args:
             repo_id (`str`):
@@ -420,12 +421,16 @@ class MCTDPipeline(DiffusionPipeline):
         Raises:
             ConfigError: the Hub cannot be reached, or refuses.
         """
-        texts = texts_beside(self.config.get("_name_or_path"))
-        card = texts.pop(CARD, None)
+        documents = documents_beside(self.config.get("_name_or_path"))
+        own = documents.pop(CARD, None)
+
+        def card(name: str) -> str:
+            return self._card(name) if own is None else own.read_text(encoding="utf-8")
+
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant)
-            for name, text in texts.items():
-                (Path(folder) / name).write_text(text, encoding="utf-8")
+            for path in documents.values():
+                shutil.copy(path, folder)
             return push_folder(
                 folder,
                 repo_id,
@@ -434,7 +439,7 @@ class MCTDPipeline(DiffusionPipeline):
                 commit_message=commit_message or f"Upload {self.stock_class.__name__}",
                 create_pr=create_pr,
                 path_in_repo=subfolder,
-                card=None if subfolder else lambda name: card or self._card(name),
+                card=None if subfolder else card,
             )
 
     def _card(self, repo_id: str) -> str:

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.hub import card_text, loading, push_folder, texts_beside
+from mctd_diffusers.hub import card_text, documents_beside, loading, push_folder
 from mctd_diffusers.search.environment import Gains
 
 _OCTAVES = 16
@@ -360,8 +360,8 @@ class InformationGainEvaluator(ModelMixin, ConfigMixin):
     ) -> CommitInfo:
         r"""Push the head with a card.
 
-        Texts that lie in the folder that it was loaded from, such as the card with the figures of
-        its training, are pushed too; without a card there, the repository keeps its own, or gets
+        Documents in the folder that it was loaded from, such as the card with the figures of its
+        training, are pushed too; without a card there, the repository keeps its own, or gets
         one that says what the head was trained on.
 
         Args:
@@ -390,8 +390,8 @@ class InformationGainEvaluator(ModelMixin, ConfigMixin):
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
-            for name, text in texts_beside(self.config.get("_name_or_path")).items():
-                (Path(folder) / name).write_text(text, encoding="utf-8")
+            for path in documents_beside(self.config.get("_name_or_path")).values():
+                shutil.copy(path, folder)
             return push_folder(
                 folder,
                 repo_id,

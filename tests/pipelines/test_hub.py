@@ -84,11 +84,13 @@ def test_the_card_beside_a_trained_head_goes_along(hub: HubServer, tmp_path: Pat
         "---\nbase_model: somebody/tiny\nlibrary_name: mctd-diffusers\n---\n\n# Correlation 0.6\n"
     )
     (tmp_path / "trained" / "README.md").write_text(text)
+    (tmp_path / "trained" / "calibration.png").write_bytes(b"a picture")
     head = InformationGainEvaluator.from_pretrained(tmp_path / "trained")
     head.push_to_hub(HEAD, token=TOKEN)
     card = ModelCard.load(HEAD)
     assert card.data.base_model == "somebody/tiny"
     assert "Correlation 0.6" in card.text
+    assert hub.repositories[HEAD].files["calibration.png"] == b"a picture"
 
 
 def test_a_pipeline_takes_a_head_from_its_repository(hub: HubServer, tmp_path: Path) -> None:
