@@ -25,6 +25,20 @@ from mctd_diffusers.search.strategies import (
 from mctd_diffusers.search.tree import DRAW, ROOT, STEP, Tree, add_child
 
 root_seeds = st.integers(0, 2**63 - 1)
+CHOOSING_POLICIES = (
+    "fixed:1",
+    "uniform",
+    "random",
+    "ays",
+    "gits",
+    "x0hat",
+    "oracle",
+    "ige",
+    "ige:reward_rate",
+    "ige:final_similarity",
+    "ige:resolved_variance",
+    "ige:truncation_error",
+)
 rewards = st.floats(-1e6, 1e6, allow_nan=False)
 
 
@@ -77,6 +91,14 @@ best_of_n = st.builds(
     stride=st.integers(1, 4),
     wave_size=st.integers(1, 5),
 )
+best_of_n_by_policy = st.builds(
+    partial(built, BestOfN),
+    n=st.none() | st.integers(1, 5),
+    wave_size=st.integers(1, 5),
+    evaluations=st.integers(1, 5),
+    stride_policy=st.sampled_from(CHOOSING_POLICIES),
+    error_tolerance=st.sampled_from((0.0, 0.02, float("inf"))),
+)
 draft_refines = st.builds(
     partial(built, DraftRefine),
     draft_stride=st.none() | st.integers(1, 5),
@@ -112,7 +134,8 @@ mctds = st.builds(
     partial(built, MCTD),
     candidates=st.none() | st.integers(1, 4),
     strides=st.sampled_from(((1,), (1, 2), (1, 2, 4, 8), (1, 3))),
-    stride_policy=st.sampled_from(("budget", "fine_to_coarse", "constant")),
+    stride_policy=st.sampled_from(("budget", "fine_to_coarse", "constant", *CHOOSING_POLICIES)),
+    error_tolerance=st.sampled_from((0.02, float("inf"))),
     first_share=st.sampled_from((0.2, 0.5, 1.0)),
     wave_size=st.integers(1, 4),
     seed_share=st.sampled_from((0.0, 0.3, 0.6)),
@@ -175,6 +198,7 @@ smcs = st.builds(
 )
 searches = (
     best_of_n
+    | best_of_n_by_policy
     | beams
     | draft_refines
     | dtss

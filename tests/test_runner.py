@@ -148,7 +148,9 @@ def test_a_search_is_the_same_alone_or_among_others(strategy: Strategy, nfe: int
     together = search(strategy, small_environment(3, 3), nfe=max(nfe, strategy.least_nfe(3)))
     environment = small_environment(3, 3)
     budget = Budget(nfe=max(nfe, strategy.least_nfe(3)))
-    (alone,) = run_search(strategy, environment, problems_of(environment, budget, [1]))
+    (alone,) = run_search(
+        strategy, environment, problems_of(environment, budget, [1], strategy=strategy)
+    )
     same, mine = together[1].tree, alone.tree
     for column in ("parent", "step_index", "stride", "seed", "visit_count"):
         np.testing.assert_array_equal(getattr(same, column), getattr(mine, column))
@@ -272,10 +274,10 @@ def test_a_search_is_rebuilt_from_its_log(strategy: Strategy) -> None:
     environment = small_environment(1, 3)
     nfe = max(14, strategy.least_nfe(3))
     (result,) = search(strategy, environment, nfe=nfe)
-    (problem,) = problems_of(environment, Budget(nfe=nfe))
+    (problem,) = problems_of(environment, Budget(nfe=nfe), strategy=strategy)
     assert replay(strategy, problem, result.replies) is None
     assert to_json(problem.tree) == to_json(result.tree)
-    (half,) = problems_of(environment, Budget(nfe=nfe))
+    (half,) = problems_of(environment, Budget(nfe=nfe), strategy=strategy)
     assert replay(strategy, half, result.replies[: len(result.replies) // 2]) is not None
     assert half.tree.num_nodes <= result.tree.num_nodes
 
@@ -304,7 +306,11 @@ def test_when_time_is_up_every_image_completes_its_first_sample(
     environment = small_environment(3, 6)
     budget = Budget(nfe=60)
     results = run_search(
-        strategy, environment, problems_of(environment, budget), seconds=seconds, clock=Clock()
+        strategy,
+        environment,
+        problems_of(environment, budget, strategy=strategy),
+        seconds=seconds,
+        clock=Clock(),
     )
     for result in results:
         assert result.stop_reason == "time"

@@ -126,7 +126,7 @@ def test_predictions_come_back_from_a_log_bit_for_bit(tmp_path: Path) -> None:
 
     strategy = Custom(asking)
     world = small_environment(2, STEPS, make=Odd)
-    problems, log = problems_of(world, Budget(nfe=8)), SearchLog()
+    problems, log = problems_of(world, Budget(nfe=8), strategy=strategy), SearchLog()
     results = run_search(strategy, world, problems, log=log)
     save(tmp_path, strategy, world, problems, log)
     saved = load_search(tmp_path, strategy=strategy)
@@ -151,11 +151,11 @@ def test_a_search_stopped_at_any_wave_goes_on_as_if_never_stopped(
 ) -> None:
     budget = Budget(nfe=max(nfe, strategy.least_nfe(STEPS)))
     whole_world = small_environment(2, STEPS)
-    whole = run_search(strategy, whole_world, problems_of(whole_world, budget))
+    whole = run_search(strategy, whole_world, problems_of(whole_world, budget, strategy=strategy))
     folder = tmp_path_factory.mktemp("saved")
 
     world = small_environment(2, STEPS)
-    problems, log = problems_of(world, budget), SearchLog()
+    problems, log = problems_of(world, budget, strategy=strategy), SearchLog()
     stop, results = first_stop, None
     try:
         results = run_search(strategy, world, problems, log=log, on_wave=stopping_after(stop))
@@ -188,11 +188,11 @@ def test_a_call_that_ctrl_c_broke_off_is_made_again(
 ) -> None:
     budget = Budget(nfe=24)
     whole_world = small_environment(2, STEPS)
-    whole = run_search(strategy, whole_world, problems_of(whole_world, budget))
+    whole = run_search(strategy, whole_world, problems_of(whole_world, budget, strategy=strategy))
     world = small_environment(2, STEPS, make=FailingEnvironment)
     assert isinstance(world, FailingEnvironment)
     world.after = after
-    problems, log = problems_of(world, budget), SearchLog()
+    problems, log = problems_of(world, budget, strategy=strategy), SearchLog()
     try:
         run_search(strategy, world, problems, log=log)
     except KeyboardInterrupt:
@@ -208,11 +208,15 @@ def test_the_seconds_of_a_search_go_on_where_they_stopped(tmp_path: Path, waves:
     budget, strategy = Budget(nfe=60), Beam(candidates=2)
     whole_world = small_environment(2, 6)
     whole = run_search(
-        strategy, whole_world, problems_of(whole_world, budget), seconds=7, clock=Clock()
+        strategy,
+        whole_world,
+        problems_of(whole_world, budget, strategy=strategy),
+        seconds=7,
+        clock=Clock(),
     )
     assert [result.stop_reason for result in whole] == ["time"] * 2
     world = small_environment(2, 6)
-    problems, log = problems_of(world, budget), SearchLog()
+    problems, log = problems_of(world, budget, strategy=strategy), SearchLog()
     with pytest.raises(StoppedError):
         run_search(
             strategy,
@@ -252,7 +256,7 @@ def test_pruned_samples_are_not_saved(tmp_path: Path) -> None:
 def test_a_finished_search_is_rebuilt_without_a_world(tmp_path: Path) -> None:
     strategy = MCTD()
     world = small_environment(2, STEPS)
-    problems, log = problems_of(world, Budget(nfe=20)), SearchLog()
+    problems, log = problems_of(world, Budget(nfe=20), strategy=strategy), SearchLog()
     whole = run_search(strategy, world, problems, log=log)
     save(tmp_path, strategy, world, problems, log, [result.stop_reason for result in whole])
     saved = load_search(tmp_path)
@@ -283,11 +287,11 @@ def test_one_image_that_fails_is_reported_and_the_others_go_on(
 ) -> None:
     budget = Budget(nfe=24)
     whole_world = small_environment(3, STEPS)
-    whole = run_search(strategy, whole_world, problems_of(whole_world, budget))
+    whole = run_search(strategy, whole_world, problems_of(whole_world, budget, strategy=strategy))
     world = small_environment(3, STEPS, make=PoisonedEnvironment)
     assert isinstance(world, PoisonedEnvironment)
     world.poisoned = 1
-    problems, log = problems_of(world, budget), SearchLog()
+    problems, log = problems_of(world, budget, strategy=strategy), SearchLog()
     with pytest.raises(RewardError, match="no reward for image 1") as caught:
         run_search(strategy, world, problems, log=log)
     results = caught.value.partial
@@ -329,7 +333,7 @@ def searched(
     strategy: Strategy = DEFAULT, nfe: int = 12
 ) -> tuple[MixtureEnvironment, list[Problem], SearchLog]:
     world = small_environment(1, STEPS)
-    problems, log = problems_of(world, Budget(nfe=nfe)), SearchLog()
+    problems, log = problems_of(world, Budget(nfe=nfe), strategy=strategy), SearchLog()
     run_search(strategy, world, problems, log=log)
     return world, problems, log
 

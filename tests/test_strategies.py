@@ -151,7 +151,7 @@ def test_stepping_by_hand_is_the_same_search(strategy: Strategy, num_steps: int,
     nfe = max(nfe, strategy.least_nfe(num_steps))
     (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
     environment = small_environment(1, num_steps)
-    (problem,) = problems_of(environment, Budget(nfe=nfe))
+    (problem,) = problems_of(environment, Budget(nfe=nfe), strategy=strategy)
     replies = [reply for _, reply in step_by_hand(strategy, problem, environment)]
     # Requests side by side may get their handles in another order.
     assert_same_columns(columns_of(problem.tree), columns_of(result.tree), but=("handle",))
@@ -196,7 +196,7 @@ def test_time_that_is_up_keeps_what_was_finished_until_then(name: str) -> None:
         return float(num_calls)
 
     environment = small_environment(1, 4)
-    problems = problems_of(environment, Budget(nfe=400))
+    problems = problems_of(environment, Budget(nfe=400), strategy=strategy)
     (result,) = run_search(strategy, environment, problems, seconds=40, clock=clock)
     if result.stop_reason == "time":
         assert len(result.finished) >= 1
@@ -217,11 +217,11 @@ def test_a_search_goes_on_from_its_log_and_its_saved_samples(
 ) -> None:
     nfe = max(nfe, strategy.least_nfe(num_steps))
     environment = small_environment(1, num_steps)
-    (whole,) = problems_of(environment, Budget(nfe=nfe))
+    (whole,) = problems_of(environment, Budget(nfe=nfe), strategy=strategy)
     length = sum(1 for _ in step_by_hand(strategy, whole, environment))
 
     environment = small_environment(1, num_steps)
-    (cut,) = problems_of(environment, Budget(nfe=nfe))
+    (cut,) = problems_of(environment, Budget(nfe=nfe), strategy=strategy)
     done = list(islice(step_by_hand(strategy, cut, environment), int(share * length)))
     log = [reply for _, reply in done]
     lazy = Reset | Step | Renoise | Perturb
@@ -234,7 +234,7 @@ def test_a_search_goes_on_from_its_log_and_its_saved_samples(
     for request, _ in done:
         if isinstance(request, Denoise):
             other.denoise(request.handles)
-    (rest,) = problems_of(other, Budget(nfe=nfe))
+    (rest,) = problems_of(other, Budget(nfe=nfe), strategy=strategy)
     assert sum(1 for _ in step_by_hand(strategy, rest, other, log)) == length
     assert_same_columns(columns_of(rest.tree), columns_of(whole.tree))
     assert rest.account.spent == whole.account.spent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from mctd_diffusers.search.budget import Budget
 from mctd_diffusers.search.environment import Action, Handles, Prices, Seeds, Values
 from mctd_diffusers.search.runner import Problem, SearchResult, Strategy, run_search
 from mctd_diffusers.search.seeding import root_seed_of
+from mctd_diffusers.search.strategies import MCTD, BestOfN
 from mctd_diffusers.search.tree import DRAW, ROOT, STEP, Tree, add_child
 
 Guidances = Sequence[float | None] | None
@@ -54,9 +56,13 @@ def guided_environment(
 
 
 def problems_of(
-    environment: MixtureEnvironment, budget: Budget, indices: Sequence[int] | None = None
+    environment: MixtureEnvironment,
+    budget: Budget,
+    indices: Sequence[int] | None = None,
+    *,
+    strategy: Strategy | None = None,
 ) -> list[Problem]:
-    """The problems of an environment, as a pipeline makes them."""
+    """The problems of an environment, as a pipeline makes them for a strategy."""
     return [
         Problem(
             index=index,
@@ -66,9 +72,30 @@ def problems_of(
             prices=environment.ledger.prices,
             rows_per_nfe=environment.rows_per_nfe,
             guidance_scale=environment.guidance_scale,
+            stride_costs=stride_costs_of(strategy, environment.num_steps),
         )
         for index in (range(len(environment.mixtures)) if indices is None else indices)
     ]
+
+
+def stride_costs_of(
+    strategy: Strategy | None, num_steps: int
+) -> tuple[tuple[float, ...], ...] | None:
+    """Plausible costs of jumps, where a strategy needs some: they grow with stride and time."""
+    if not isinstance(strategy, (BestOfN, MCTD)) or not strategy.policy.needs_costs:
+        return None
+    strides = strategy.stride_set(num_steps)
+    power = {"truncation_error": 2.0, None: 2.0}.get(strategy.policy.target, 0.5)
+    sign = 1.0 if power == 2.0 else -1.0
+    return tuple(
+        tuple(
+            sign * (1 + 0.1 * step_index) * stride**power
+            if step_index + stride <= num_steps
+            else math.inf
+            for stride in strides
+        )
+        for step_index in range(num_steps)
+    )
 
 
 def search(
@@ -79,7 +106,8 @@ def search(
     cost: float | None = None,
 ) -> list[SearchResult]:
     """Search all problems of an environment with one budget."""
-    return run_search(strategy, environment, problems_of(environment, Budget(nfe=nfe, cost=cost)))
+    budget = Budget(nfe=nfe, cost=cost)
+    return run_search(strategy, environment, problems_of(environment, budget, strategy=strategy))
 
 
 def two_levels() -> tuple[Tree, list[int]]:
