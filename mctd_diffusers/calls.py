@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -19,13 +20,8 @@ from torch import Tensor
 
 from mctd_diffusers.denoising.denoiser import FeatureTap, synchronize
 from mctd_diffusers.denoising.environment import LatentEnvironment, measure_prices
-from mctd_diffusers.denoising.protocols import (
-    CheckedReward,
-    Decoder,
-    GainModel,
-    Network,
-    Outputs,
-)
+from mctd_diffusers.denoising.gains import NO_STRIDE_PARTS, GainHead, StrideParts, stride_parts
+from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, Network, Outputs
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import BudgetError, ConfigError
 from mctd_diffusers.results import bytes_of
@@ -84,6 +80,31 @@ def configured_strategy(options: SearchOptions) -> Strategy:
             f"{', '.join(sorted(known)) or 'none'}: leave it out, or use another search"
         )
     return replace(strategy, **named)  # type: ignore[type-var]  # its settings validate themselves
+
+
+def with_head_or_without(strategy: Strategy, has_head: bool) -> Strategy:
+    """The strategy, by its rule without predictions where it asks for a head that is not there."""
+    policy = getattr(strategy, "policy", None)
+    if has_head or policy is None or policy.kind != "ige":
+        return strategy
+    rule = type(strategy)().stride_policy  # type: ignore[attr-defined]  # it has a policy
+    warnings.warn(
+        f"stride_policy={strategy.stride_policy!r} needs an information gain evaluator, and this "  # type: ignore[attr-defined]
+        f"pipeline has none, so the search takes its strides by {rule!r}: load one with ige=...",
+        stacklevel=5,
+    )
+    return replace(strategy, stride_policy=rule)  # type: ignore[type-var]
+
+
+def stride_parts_of(
+    strategy: Strategy, stepper: Stepper, head: GainHead | None, rows_per_call: int
+) -> StrideParts:
+    """What the stride policy of a strategy asks of the world; nothing, if it has none."""
+    policy = getattr(strategy, "policy", None)
+    if policy is None:
+        return NO_STRIDE_PARTS
+    strides = strategy.stride_set(stepper.num_steps)  # type: ignore[attr-defined]
+    return stride_parts(policy, strides, stepper, head, rows_per_call)
 
 
 def check_options(options: SearchOptions) -> None:
@@ -273,8 +294,7 @@ class World:
         prices: measured beforehand; all 0 where nothing is decided by them.
         with_plain: whether the plain samples are made beside the search, as problems of their own.
         reads_features: whether features of the samples will be asked for.
-        gain_model: predicts what jumps tell; ``None`` where no prediction is asked for.
-        stride_costs: of jumps of the typical sample, see `Problem`.
+        strides: what the stride policy of the search asks for.
     """
 
     prepared: Prepared
@@ -287,8 +307,7 @@ class World:
     prices: Prices
     with_plain: bool
     reads_features: bool = False
-    gain_model: GainModel | None = None
-    stride_costs: tuple[tuple[float, ...], ...] | None = None
+    strides: StrideParts = NO_STRIDE_PARTS
 
     @functools.cached_property
     def decoder(self) -> Any:
@@ -309,6 +328,7 @@ class World:
     def environment(self) -> LatentEnvironment:
         """The environment over all of it; the same at every access."""
         times = 2 if self.with_plain else 1
+        reads_features = self.reads_features or self.strides.reads_features
         return LatentEnvironment(
             network=_Folded(self.prepared.network, len(self.prompts)),
             stepper=self.stepper,
@@ -319,8 +339,8 @@ class World:
             first_latents=torch.cat([self.prepared.first_latents] * times),
             rows_per_call=self.rows_per_call,
             prices=self.prices,
-            features=self.prepared.features if self.reads_features else None,
-            gain_model=self.gain_model,
+            features=self.prepared.features if reads_features else None,
+            gain_model=self.strides.gain_model,
         )
 
     def problems(self, budget: Budget, *, first_index: int = 0) -> list[Problem]:
@@ -338,6 +358,7 @@ class World:
                 rows_per_nfe=self.prepared.network.rows_per_latent,
                 guidance_scale=self.environment.guidance_scale,
                 value_spends=value_spends,
+                stride_costs=self.strides.costs,
             )
             for i in range(len(latents))
         ]

@@ -48,9 +48,12 @@ from mctd_diffusers.calls import (
     configured_strategy,
     plain_sample_of,
     reward_prompts_of,
+    stride_parts_of,
+    with_head_or_without,
 )
 from mctd_diffusers.denoising.denoiser import chunks
 from mctd_diffusers.denoising.environment import LatentEnvironment
+from mctd_diffusers.denoising.gains import GainHead
 from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, RewardFn
 from mctd_diffusers.denoising.stepper import Stepper, check_scheduler
 from mctd_diffusers.errors import ConfigError, SearchError, UnsupportedSchedulerError
@@ -715,6 +718,9 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
             settings=saved.call["settings"],
             prices=Prices(),
             with_plain=saved.call["with_plain"],
+            strides=stride_parts_of(
+                saved.strategy, stepper, self._head(), settings["rows_per_call"]
+            ),
         )
         world = restored_world(saved, world)
         seconds = saved.call["seconds"]
@@ -726,7 +732,8 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
         check_options(options)
         if options.save_to is not None:
             check_unsaved(options.save_to)
-        strategy = configured_strategy(options)
+        head = self._head()
+        strategy = with_head_or_without(configured_strategy(options), head is not None)
         check_stock(stock)
         self._check_call(stock)
         prompts = reward_prompts_of(stock, options)
@@ -759,6 +766,7 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
             settings=settings,
             prices=Prices(),
             with_plain=options.include_plain and not isinstance(strategy, BestOfN),
+            strides=stride_parts_of(strategy, stepper, head, rows_per_call),
         )
         if options.cost_budget is not None:
             world = replace(world, prices=world.measure_prices())
@@ -895,6 +903,11 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
         if given is None:
             self.reward_model = reward  # a name is looked up once
         return functools.partial(call_reward, reward)
+
+    def _head(self) -> GainHead | None:
+        """The information gain evaluator, if the pipeline has one."""
+        head: GainHead | None = getattr(self, "ige", None)
+        return head
 
     def _scheduler_of(self, given: Any) -> SchedulerMixin:
         """A copy of the scheduler to search with.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +33,9 @@ from mctd_diffusers.errors import ConfigError
 if TYPE_CHECKING:
     from mctd_diffusers.commands.common import Call
     from mctd_diffusers.evaluation.benchmark.cells import Cell, OnCell, Suite
+    from mctd_diffusers.evaluation.benchmark.pipeline_suite import Gold
     from mctd_diffusers.evaluation.benchmark.plan import BenchPlan, Method, Task
+    from mctd_diffusers.pipeline import MCTDPipeline
 
 DEFAULT_STRATEGIES = "best_of_n,more_steps,beam,mctd"
 _EMBEDDED, _MIXTURE = "embedded", "mixture"
@@ -65,6 +68,19 @@ def bench(
         str,
         typer.Option(help="8x (times the NFE of a plain sample), 200 (NFE), 60s (an image)."),
     ] = "4x,8x",
+    stride_policies: Annotated[
+        str | None,
+        typer.Option(
+            help="With commas between them: each strategy with strides, by each of these."
+        ),
+    ] = None,
+    evaluations: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare --stride-policies in plain samples of so many evaluations (6,8,12,16), "
+            "and no search."
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use so many prompts only; the kinds take turns.")
     ] = None,
@@ -88,6 +104,31 @@ def bench(
 
     Writes results.csv, report.md and curves.png. Stopped, it goes on from the finished cells.
     """
+    if evaluations is not None:
+        _compare_plainly(
+            model or suite or _EMBEDDED,
+            prompts,
+            limit,
+            stride_policies,
+            reward=reward,
+            gold=gold,
+            out=out,
+            call=check_call(
+                [],
+                steps=steps,
+                guidance=guidance,
+                scheduler=scheduler,
+                device=device,
+                rows_per_call=rows_per_call,
+            ),
+            evaluations=whole_numbers(evaluations, "--evaluations", least=1),
+            seeds=whole_numbers(seeds, "--seeds", least=0),
+            num_steps=steps,
+            guidance_scale=guidance,
+            prompts_per_call=prompts_per_call,
+            rows_per_call=rows_per_call,
+        )
+        return
     with saving() as saved:
         plan = _read_plan(
             suite=suite,
@@ -95,6 +136,7 @@ def bench(
             prompts=prompts,
             limit=limit,
             strategies=strategies,
+            stride_policies=stride_policies,
             budgets=budgets,
             seeds=seeds,
             num_steps=steps,
@@ -123,6 +165,7 @@ def _read_plan(
     prompts: str,
     limit: int | None,
     strategies: str,
+    stride_policies: str | None,
     budgets: str,
     seeds: str,
     **settings: Any,
@@ -144,7 +187,7 @@ def _read_plan(
         suite=name,
         prompts=texts,
         kinds=kinds,
-        methods=tuple(_read_methods(strategies)),
+        methods=tuple(_read_methods(strategies, _names(stride_policies))),
         budgets=parse_budgets(budgets),
         seeds=whole_numbers(seeds, "--seeds", least=0),
         **settings,
@@ -163,8 +206,8 @@ def _read_problems(
     return read_prompts(prompts, limit)
 
 
-def _read_methods(text: str) -> Iterator[Method]:
-    """Methods of names and settings with commas between them."""
+def _read_methods(text: str, policies: Sequence[str]) -> Iterator[Method]:
+    """Methods of names and settings with commas between them, each by each stride policy."""
     from mctd_diffusers.evaluation.benchmark.plan import MORE_STEPS, PLAIN, Method
     from mctd_diffusers.search.strategies import BestOfN, resolve_strategy
 
@@ -176,7 +219,66 @@ def _read_methods(text: str) -> Iterator[Method]:
             raise ConfigError(
                 f"strategies {text!r}: a bench draws plain samples anyway, leave 'none' out"
             )
-        yield own(label) or Method(label, resolve_strategy(chosen))
+        method = own(label) or Method(label, resolve_strategy(chosen))
+        strategy: Any = method.strategy
+        if not policies or not hasattr(strategy, "policy") or isinstance(strategy, BestOfN):
+            yield method
+            continue
+        for policy in policies:
+            by_policy = replace(strategy, stride_policy=policy)
+            is_same = by_policy == strategy
+            yield method if is_same else Method(f"{label}:stride_policy={policy}", by_policy)
+
+
+def _names(text: str | None) -> list[str]:
+    """Names with commas between them, each once."""
+    return list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+
+
+def _compare_plainly(
+    model: str,
+    prompts: str,
+    limit: int | None,
+    policies: str | None,
+    *,
+    reward: str | None,
+    gold: str,
+    out: Path,
+    call: Call,
+    **settings: Any,
+) -> None:
+    """Compare stride policies in plain sampling."""
+    from tqdm import tqdm
+
+    from mctd_diffusers.evaluation.plain_strides import (
+        PlainPlan,
+        compare_plainly,
+        plain_table,
+        sample_plainly,
+        write_plain_report,
+    )
+
+    if not (names := _names(policies)):
+        raise ConfigError(
+            "--evaluations compares stride policies in plain samples: name them, such as "
+            "--stride-policies uniform,ays,gits,ige"
+        )
+    if model == _MIXTURE:
+        raise ConfigError("--evaluations are of a pipeline's samples: leave --suite mixture out")
+    texts = _read_problems(model, prompts, limit)[0]
+    plan = PlainPlan(prompts=texts, policies=tuple(names), **settings)
+    if gold == "judge":
+        check_judge_reads(plan.prompts)
+    pipe, judge = _loaded(model, call, reward, gold)
+    pipe.set_progress_bar_config(disable=True)
+    nfe = sum(count for _, count in plan.samplers()) * len(texts) * len(plan.seeds)
+    with tqdm(total=nfe, unit="NFE", unit_scale=True, file=sys.stderr) as bar:
+        samples = sample_plainly(pipe, judge, plan, out / "samples", bar.update)
+    table, report = write_plain_report(plan, samples, out)
+    typer.echo(plain_table(plan, compare_plainly(samples, plan)))
+    typer.echo("")
+    typer.echo(f"samples: {table}")
+    typer.echo(f"report:  {report}")
 
 
 def _found_cells(plan: BenchPlan, out: Path) -> list[Cell]:
@@ -235,20 +337,24 @@ def _mixtures() -> Suite:
 
 def _pipeline(plan: BenchPlan, call: Call, reward: str | None, gold: str) -> Suite:
     """The pipeline of the plan with what judges it, loaded."""
+    from mctd_diffusers.evaluation.benchmark.pipeline_suite import PipelineSuite
+
+    pipe, judge = _loaded(plan.suite, call, reward, gold)
+    return PipelineSuite(pipe, judge, plan)
+
+
+def _loaded(model: str, call: Call, reward: str | None, gold: str) -> tuple[MCTDPipeline, Gold]:
+    """A pipeline with its reward, and what judges it."""
     import torch
 
-    from mctd_diffusers.evaluation.benchmark.pipeline_suite import (
-        JudgeGold,
-        PipelineSuite,
-        RewardGold,
-    )
+    from mctd_diffusers.evaluation.benchmark.pipeline_suite import JudgeGold, RewardGold
 
     judge = JudgeGold(load_gold_judge()) if gold == "judge" else RewardGold(named_reward(gold))
     searched = named_reward(reward) if reward is not None and ":" in reward else reward
-    pipe = load_pipeline(plan.suite, searched, call)
+    pipe = load_pipeline(model, searched, call)
     if pipe.device.type == "cpu" and isinstance(getattr(pipe, "unet", None), torch.nn.Module):
         pipe.unet.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
-    return PipelineSuite(pipe, judge, plan)
+    return pipe, judge
 
 
 def _report(plan: BenchPlan, cells: Sequence[Cell], out: Path) -> None:

@@ -117,7 +117,13 @@ def parse_search(text: str) -> tuple[str, Any]:
     from mctd_diffusers.search.strategies import resolve_strategy
 
     text = text.strip()
-    name, *settings = text.split(":")
+    name, *parts = text.split(":")
+    settings: list[str] = []
+    for part in parts:
+        if settings and "=" not in part:  # of a value with a colon in it, such as fixed:4
+            settings[-1] += f":{part}"
+        else:
+            settings.append(part)
     if name == "none":
         if settings:
             raise ConfigError(f"search {text!r}: the stock pipeline ('none') has no settings")

@@ -7,7 +7,7 @@ dynamic programming (``search/strides.py``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mctd_diffusers.denoising.denoiser import chunks
+from mctd_diffusers.denoising.protocols import GainModel
 from mctd_diffusers.denoising.stepper import Stepper
+from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.environment import Action, Gains, Handles
 from mctd_diffusers.search.seeding import child_seed
+from mctd_diffusers.search.stride_policies import Costs, StridePolicy, gain_costs
 from mctd_diffusers.search.tree import STEP
 
 if TYPE_CHECKING:
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 AYS_TIMESTEPS: Final[tuple[int, ...]] = tuple(AysSchedules["StableDiffusionTimesteps"])
 """Ten steps of Stable Diffusion 1.5 by Align Your Steps (Sabour et al., 2024, arXiv 2404.14507)."""
+
+ORACLE_SIBLINGS: Final = 8
+"""Draws by which an oracle estimates what a jump resolves."""
 
 
 @runtime_checkable
@@ -184,6 +190,72 @@ def _log_snr_of(
     here = torch.tensor(list(step_indices))
     there = here[:, None] + torch.tensor(list(strides))
     return levels[here], levels[there.clamp(max=stepper.num_steps + 1)]
+
+
+# What a stride policy needs of the world
+
+
+class StrideParts(NamedTuple):
+    """What a search by some stride policy asks of its world.
+
+    Attributes:
+        gain_model: predicts what jumps of single samples tell; ``None`` where none are asked for.
+        reads_features: whether it reads features of the network's blocks.
+        costs: of jumps of the typical sample, see `Problem`; ``None`` where they are not needed.
+    """
+
+    gain_model: GainModel | None = None
+    reads_features: bool = False
+    costs: Costs | None = None
+
+
+NO_STRIDE_PARTS: Final = StrideParts()
+
+
+def stride_parts(
+    policy: StridePolicy,
+    strides: Sequence[int],
+    stepper: Stepper,
+    head: GainHead | None,
+    rows_per_call: int,
+) -> StrideParts:
+    """What the world of a search must have for its stride policy.
+
+    Args:
+        policy: of the search.
+        strides: it chooses from.
+        stepper: over the schedule.
+        head: of the pipeline; must be there for ``gits``, ``ige`` and ``oracle``, which plan by it.
+        rows_per_call: samples in each call of the head.
+
+    Raises:
+        ConfigError: the policy plans by a head, and there is none.
+    """
+    if not policy.needs_costs:
+        return NO_STRIDE_PARTS
+    if policy.kind == "ays":
+        return StrideParts(costs=_as_costs(ays_costs(stepper, strides)))
+    if policy.kind == "x0hat":
+        return StrideParts(EstimateChange(), costs=_as_costs(change_costs(stepper, strides)))
+    if head is None:
+        raise ConfigError(
+            f"stride_policy {policy.kind!r} plans by what a head learned of the model, and this "
+            "pipeline has none: load it with ige=..., or use 'ays' or 'uniform'"
+        )
+    if policy.kind == "gits":
+        return StrideParts(costs=_as_costs(gits_costs(stepper, strides, head)))
+    assert policy.target is not None
+    costs = _as_costs(gain_costs(typical_gains(stepper, strides, head), policy.target))
+    if policy.kind == "ige":
+        return StrideParts(HeadGains(head, rows_per_call), True, costs)
+    siblings = ORACLE_SIBLINGS if policy.target == "resolved_variance" else 0
+    return StrideParts(MeasuredGains(siblings), costs=costs)
+
+
+def _as_costs(costs: Floats) -> Costs:
+    """Costs as a problem holds them; infinite where a head knows nothing."""
+    finite = np.where(np.isnan(costs), np.inf, costs)
+    return tuple(tuple(row) for row in finite.tolist())
 
 
 # What jumps cost the typical sample

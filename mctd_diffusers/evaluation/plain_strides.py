@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ class PlainPlan:
         guidance_scale: of all samples.
         seeds: means are taken over them.
         prompts_per_call: sampled at once.
+        rows_per_call: latents in every call; ``None`` for what fits the device.
     """
 
     prompts: tuple[str, ...]
@@ -56,6 +57,7 @@ class PlainPlan:
     guidance_scale: float = 4.0
     seeds: tuple[int, ...] = (0,)
     prompts_per_call: int = 24
+    rows_per_call: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -130,10 +132,16 @@ def sample_plainly(
                 part.write_text(json.dumps({"asked": asked, "samples": rows}), encoding="utf-8")
                 part.replace(path)
             else:
-                rows = [PlainSample(*row[:6], tuple(row[6])) for row in read["samples"]]
+                rows = [_sample_of(row) for row in read["samples"]]
                 on_call(sum(sample.evaluations for sample in rows))
             samples += rows
     return samples
+
+
+def _sample_of(row: Sequence[Any]) -> PlainSample:
+    """A sample from its entries in a file."""
+    policy, evaluations, prompt, seed, rmse, gold, strides = row
+    return PlainSample(policy, evaluations, prompt, seed, rmse, gold, tuple(strides))
 
 
 def _draw_each(
@@ -154,6 +162,7 @@ def _draw_each(
             output_type="pt",
             search=strategy,
             nfe_budget=evaluations,
+            rows_per_call=plan.rows_per_call,
         )
         latents = torch.cat([search.latents for search in output.search])
         reference = latents if reference is None else reference
@@ -249,8 +258,8 @@ def plain_table(plan: PlainPlan, rows: Sequence[PlainRow]) -> str:
     lines = [
         f"Plain samples over {plan.num_steps} steps at guidance {plan.guidance_scale:g}: "
         f"{len(plan.prompts)} prompts, seeds {', '.join(map(str, plan.seeds))}. RMSE is that of "
-        f"the finished latents from the sample of all {plan.num_steps} steps of the "
-        "noise; differences are paired by prompt, with 95 % bootstrap intervals.",
+        f"the finished latents from the sample of all {plan.num_steps} steps from the "
+        "same noise; differences are paired by prompt, with 95 % bootstrap intervals.",
         "",
         f"| {' | '.join(head)} |",
         f"|{' --- |' * len(head)}",
