@@ -23,7 +23,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,50 +33,36 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
-from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.ige_report import (
-    Deviations,
     Judged,
-    TargetFigures,
+    Report,
     calibration_figure,
-    chi_square_transform,
-    expected_calibration_error,
+    card_sections,
     figures_table,
-    fit_deviations,
-    log_variance_noise,
-    normal_transform,
-    reliability_table,
-    table_of_means,
-    target_figures,
+    fit_error_model,
+    make_report,
+    means_of_cells,
     within_correlation,
 )
 from mctd_diffusers.hub import card_text, push_folder
 from mctd_diffusers.models.ige import InformationGainEvaluator
-from mctd_diffusers.models.losses import JumpTargets, JumpWeights, jump_loss
+from mctd_diffusers.models.losses import JumpWeights, jump_loss
 from mctd_diffusers.trajectories.dataset import Log, LogSplit, read_jump_table, read_log
-from mctd_diffusers.trajectories.jumps import (
-    JumpRows,
-    cells_of,
-    free_jumps,
-    groups_of,
-    jump_rows,
-    strides_of,
+from mctd_diffusers.trajectories.examples import (
+    Examples,
+    make_examples,
+    predict_jumps,
+    split_prompts,
+    targets_of,
 )
+from mctd_diffusers.trajectories.jumps import JumpRows, free_jumps, groups_of, strides_of
 from mctd_diffusers.trajectories.targets import Calibration, fit_calibration
 
 logger = logging.getLogger("train_ige")
-
-TARGETS = {
-    "truncation_error": "log_truncation_error",
-    "resolved_variance": "log_variance",
-    "mean_gain": "mean_gain",
-    "final_similarity": "final_similarity",
-}
-"""Target in the report -> name of the head's output."""
 
 
 @dataclass
@@ -239,77 +225,6 @@ def learning_rate(step: int, peak: float, warmup: int, decay: int, last: int) ->
 # --- end
 
 
-@dataclass
-class Examples:
-    """A split with what its jumps are to teach, on the host.
-
-    Attributes:
-        split: of the log.
-        features: of its states, half precision.
-        rows: what is known of jumps.
-        cells: of its states.
-        states: those of which something of a jump is known.
-    """
-
-    split: LogSplit
-    features: dict[str, Tensor]
-    rows: JumpRows
-    cells: np.ndarray
-    states: np.ndarray
-
-
-def make_examples(
-    splits: Mapping[str, LogSplit], calibration: Calibration, strides: tuple[int, ...]
-) -> dict[str, Examples]:
-    """Brings every split into the form of examples; cells are numbered over all of them."""
-    examples = {}
-    for (name, split), cells in zip(splits.items(), cells_of(list(splits.values())), strict=True):
-        rows = jump_rows(split, calibration, strides)
-        is_known = ~(np.isnan(rows.log_truncation_error) & np.isnan(rows.sibling_variance))
-        features = {block: torch.from_numpy(part) for block, part in split.features.items()}
-        states = np.flatnonzero(is_known.any(axis=1))
-        if not len(states):
-            raise ConfigError(
-                f"split {name!r} has neither jumps nor siblings: log it with probes and siblings"
-            )
-        examples[name] = Examples(split, features, rows, cells, states)
-    return examples
-
-
-def split_prompts(log: Log, options: Options) -> dict[str, LogSplit]:
-    """Takes prompts to validate on off the training split; and to hold out, if no split does.
-
-    Raises:
-        ConfigError: there are too few prompts, or a held-out split has some of those to train on.
-    """
-    whole = log.splits[options.train_split]
-    prompts = np.unique(whole.trajectories.prompt)
-    count = max(1, round(options.validation_share * len(prompts)))
-    others = {name: split for name, split in log.splits.items() if name != options.train_split}
-    parts = 1 if others else 2
-    if len(prompts) <= parts * count:
-        raise ConfigError(
-            f"split {options.train_split!r} has {len(prompts)} prompts, of which {parts * count} "
-            "are held out: log more, or lower validation_share"
-        )
-    for name, split in others.items():
-        shared = np.intersect1d(prompts, split.trajectories.prompt)
-        if len(shared):
-            raise ConfigError(
-                f"{len(shared)} prompts of split {name!r} are in {options.train_split!r} too, such "
-                f"as {str(shared[0])!r}: log it with other prompts, or take its files away"
-            )
-    order = np.random.default_rng(options.seed).permutation(prompts)
-    names = ["validation", "held_out"][:parts]
-    taken = {name: order[i * count : (i + 1) * count] for i, name in enumerate(names)}
-    kept = {"train": order[parts * count :], **taken}
-    made = {
-        name: whole.take(np.isin(whole.trajectories.prompt, some), name)
-        for name, some in kept.items()
-    }
-    return made | others
-
-
 def make_head(log: Log, train: LogSplit, calibration: Calibration, options: Options) -> Any:
     """Makes a head for what the log holds, or loads one to go on with.
 
@@ -368,167 +283,63 @@ def begin_near(head: InformationGainEvaluator, rows: JumpRows) -> None:
         head.head.bias[3] = float(np.nanmean(rows.log_truncation_error))
 
 
-def to_targets(rows: JumpRows, device: torch.device) -> JumpTargets:
-    """Brings targets to the device."""
-    return JumpTargets(
-        *(torch.from_numpy(getattr(rows, name)).float().to(device) for name in JumpTargets._fields)
-    )
-
-
-@torch.no_grad()
 def judge(
     head: InformationGainEvaluator, examples: Examples, prompts: dict[str, int]
 ) -> dict[str, Judged]:
-    """Predicts all jumps of a split of which something is known."""
-    device = head.typical.device
-    is_training = head.training
-    head.eval()
-    states, parts = examples.states, []
-    for chosen in np.array_split(states, max(1, len(states) // 2048)):
-        output = head(
-            {name: rows[chosen].to(device) for name, rows in examples.features.items()},
-            torch.from_numpy(examples.split.states.log_snr[chosen]).to(device),
-            torch.from_numpy(examples.rows.target_log_snr[chosen]).float().to(device),
-        )
-        parts.append({name: output[name].double().cpu().numpy() for name in TARGETS.values()})
-    head.train(is_training)
-    with np.errstate(divide="ignore"):
-        log_variance = np.log(examples.rows.sibling_variance)
-    actual = examples.rows._asdict() | {"log_variance": log_variance}
-    strides = examples.rows.target_log_snr.shape[1]
-    cells = examples.cells[states][:, None] * strides + np.arange(strides)
-    texts = examples.split.trajectories.prompt[examples.split.states.trajectory[states]]
-    owners = np.array([prompts.setdefault(text, len(prompts)) for text in texts.tolist()])
-    owners = np.repeat(owners[:, None], strides, axis=1)
-    judged = {}
-    for target, name in TARGETS.items():
-        known = np.isfinite(actual[name][states])
-        predicted = np.concatenate([part[name] for part in parts])[known]
-        judged[target] = Judged(predicted, actual[name][states][known], cells[known], owners[known])
-    return judged
+    """Predicts all jumps of a split of which something is known, by target."""
+    predicted = predict_jumps(head, examples, prompts)
+    return {target: Judged(*rows) for target, rows in predicted.items()}
 
 
-def validation_score(judged: dict[str, Judged]) -> dict[str, float]:
-    """Correlations within cells, and the mean of the two that decide when to stop."""
-    figures = {}
-    for target in ("truncation_error", "resolved_variance"):
-        if len(judged[target].actual):
-            figures[target] = within_correlation(judged[target]).mean
+def validate(head: InformationGainEvaluator, examples: Examples) -> dict[str, float]:
+    """Correlates within cells; the mean of the two correlations decides when to stop."""
+    judged = judge(head, examples, {})
+    figures = {
+        target: within_correlation(judged[target]).mean
+        for target in ("truncation_error", "resolved_variance")
+        if len(judged[target].actual)
+    }
     return {**figures, "score": float(np.mean(list(figures.values())))}
 
 
-@dataclass
-class Calibrated:
-    """How far off predictions are, fitted on prompts that nothing was trained on."""
-
-    deviations: dict[str, Deviations]
-
-    def transforms(self, target: str, judged: Judged, siblings: int) -> np.ndarray:
-        """Probability integral transforms of a target's residuals."""
-        residuals, deviations = judged.actual - judged.predicted, self.deviations[target]
-        spread = deviations(judged.predicted)
-        if target == "resolved_variance":
-            noise = log_variance_noise(siblings)
-            residuals, spread = residuals - noise.mean, np.sqrt(spread**2 + noise.variance)
-        return normal_transform(residuals, spread)
-
-
-def calibrate(head: InformationGainEvaluator, examples: Examples) -> Calibrated:
-    """Shifts the log variance to be right in the mean, and fits how far off predictions are."""
-    judged = judge(head, examples, {})["resolved_variance"]
-    if len(judged.actual):
+def correct_variance(head: InformationGainEvaluator, examples: Examples) -> None:
+    """Shifts the log variance so that it is right in the mean on prompts to validate on."""
+    rows = judge(head, examples, {})["resolved_variance"]
+    if len(rows.actual):
         with torch.no_grad():
-            head.head.bias[1] += float(np.log(np.exp(judged.actual - judged.predicted).mean()))
-    deviations = {}
-    for target, rows in judge(head, examples, {}).items():
-        noise = log_variance_noise(examples.split.siblings.values.shape[1])
-        is_variance = target == "resolved_variance"
-        if len(rows.actual) > 1:
-            deviations[target] = fit_deviations(
-                rows.predicted,
-                rows.actual - (noise.mean if is_variance else 0),
-                noise=noise.variance if is_variance else 0,
-            )
-    return Calibrated(deviations)
+            head.head.bias[1] += float(np.log(np.exp(rows.actual - rows.predicted).mean()))
 
 
-def write_report(
-    head: InformationGainEvaluator,
-    examples: dict[str, Examples],
-    options: Options,
-    steps: int,
-    command: str,
-) -> None:
-    """Measures the head on every held-out split, and writes card, figures and picture."""
-    output = Path(options.output)
-    calibrated = calibrate(head, examples["validation"])
+def measure(head: InformationGainEvaluator, examples: dict[str, Examples]) -> Report:
+    """Measures a head on every held-out split."""
     prompts: dict[str, int] = {}
-    trained = judge(head, examples["train"], prompts)
-    known = {}
-    for target, rows in trained.items():
-        cells, place = np.unique(rows.cell, return_inverse=True)
-        sums, counts = np.bincount(place, rows.actual), np.bincount(place)
-        known[target] = dict(zip(cells.tolist(), (sums / counts).tolist(), strict=True))
-    figures: dict[str, dict[str, TargetFigures]] = {}
-    chi_square, shown, shown_transforms = {}, {}, {}
-    for name in [name for name in examples if name not in ("train", "validation")]:
-        siblings = examples[name].split.siblings.values.shape[1]
-        figures[name] = {}
-        for target, rows in judge(head, examples[name], prompts).items():
-            if len(rows.actual) < 2 or target not in calibrated.deviations:
-                continue
-            transforms = calibrated.transforms(target, rows, siblings)
-            means = table_of_means(rows.actual, rows.cell, known[target])
-            figures[name][target] = target_figures(rows, means, transforms)
-            if target == "resolved_variance":
-                exact = chi_square_transform(np.exp(rows.actual), rows.predicted, siblings)
-                chi_square[name] = expected_calibration_error(exact)
-            if len(figures) == 1:
-                shown[target], shown_transforms[target] = rows, transforms
-    table, reliability = figures_table(figures), reliability_table(shown_transforms)
-    for line in table:
-        logger.info(line)
-    head.save_pretrained(output)
-    calibration_figure(shown, shown_transforms).savefig(output / "calibration.png")
-    text = {
-        "steps": steps,
-        "chi_square_calibration_error": chi_square,
-        **{name: {key: asdict(one) for key, one in rows.items()} for name, rows in figures.items()},
-    }
-    (output / "figures.json").write_text(json.dumps(text, indent=1) + "\n", "utf-8")
-    (output / "README.md").write_text(
-        make_card(head, examples, options, steps, command, table, reliability, chi_square), "utf-8"
-    )
+    judged = {name: judge(head, part, prompts) for name, part in examples.items()}
+    siblings = {name: part.siblings for name, part in examples.items()}
+    errors = fit_error_model(judged.pop("validation"), siblings["validation"])
+    known = {target: means_of_cells(rows) for target, rows in judged.pop("train").items()}
+    return make_report(judged, siblings, known=known, errors=errors)
 
 
 def make_card(
-    head: InformationGainEvaluator,
-    examples: dict[str, Examples],
-    options: Options,
-    steps: int,
-    command: str,
-    table: list[str],
-    reliability: list[str],
-    chi_square: dict[str, float],
+    head: InformationGainEvaluator, examples: dict[str, Examples], report: Report, about: Any
 ) -> str:
     """Writes the model card."""
     config = head.config
-    first = next(name for name in examples if name not in ("train", "validation"))
-    held = {name: part.split for name, part in examples.items() if name != "train"}
-    rows = "\n".join(
-        f"| {name} | {len(split.trajectories.number)} "
-        f"| {', '.join(np.unique(split.trajectories.scheduler).tolist())} "
-        f"| {', '.join(map(str, np.unique(split.trajectories.num_steps).tolist()))} "
-        f"| {split.siblings.values.shape[1]} |"
-        for name, split in {"train": examples["train"].split, **held}.items()
+    features = ", ".join(
+        f"`{name}` ({n})" for name, n in sorted(config["feature_channels"].items())
     )
-    errors = ", ".join(f"{name} {error:.3f}" for name, error in chi_square.items())
+    rows = "\n".join(
+        f"| {name} | {len(part.split.trajectories.number)} "
+        f"| {', '.join(np.unique(part.split.trajectories.scheduler).tolist())} "
+        f"| {', '.join(map(str, np.unique(part.split.trajectories.num_steps).tolist()))} "
+        f"| {part.siblings} |"
+        for name, part in examples.items()
+    )
     metadata = {
         "library_name": "diffusers",
-        "base_model": options.base_model or None,
+        "base_model": about["base_model"] or None,
         "tags": ["diffusers", "mctd-diffusers", "information-gain-evaluator"],
     }
-    lines = "\n".join(table)
     return card_text(
         metadata,
         f"""# Information gain evaluator for {config["family"]}
@@ -536,52 +347,68 @@ def make_card(
 Predicts, from features of the denoiser at a state x_t, what a jump down the schedule would tell:
 its truncation error, the variance of the value that it resolves, the similarity of the estimate
 after it with the finished sample, and the mean gain of the calibrated value.
-{head.num_parameters():,} parameters, trained for {steps} steps by
-
-```bash
-{command}
-```
-
-Noise levels {config["log_snr_range"][0]:.2f} to {config["log_snr_range"][1]:.2f} in log-SNR;
-guidance scales {", ".join(map(str, config["guidance_scales"]))}; features
-{", ".join(f"`{name}` ({size})" for name, size in sorted(config["feature_channels"].items()))}.
-
-| split | trajectories | schedulers | grids | siblings |
-| --- | --- | --- | --- | --- |
-{rows}
-
-No prompt is in two of train, validation and the held-out splits.
-
-## Figures
-
-{lines}
-
-A *cell* holds jumps from the same step of the same schedule (scheduler, eta, number of steps) over
-the same stride. *Within cells*: Pearson's correlation after the mean of its cell is taken off both
-sides, with a 95 % bootstrap interval over prompts. *Gain over cell means*:
-1 - sum (y - prediction)^2 / sum (y - mean)^2, the mean that of the cell in training, or of the
-other held-out jumps of a cell that training never saw. *Calibration error*: the mean over q = 0.1,
-0.2, ... 0.9 of |share of residuals whose transform is at most q - q|, the transform being the
-normal distribution function of the residual over its deviation. Deviations are fitted on the
-validation prompts, by what is predicted; to that of the log variance the noise of a sample variance
-is added (digamma and trigamma of (M - 1) / 2). If the predicted variance were held to be exact, the
-error of the chi-square transforms of (M - 1) s^2 / v would be: {errors or "unknown"}.
-
-## Reliability on {first}
-
-Shares of residuals below each quantile.
-
-{chr(10).join(reliability)}
-
-![Predicted against measured, and observed against expected shares](calibration.png)
 
 ```python
 from mctd_diffusers.models.ige import InformationGainEvaluator
 
 ige = InformationGainEvaluator.from_pretrained("path or repository")
 ```
-""",
+
+{head.num_parameters():,} parameters, trained for {about["steps"]} steps by
+
+```bash
+{about["command"]}
+```
+
+It reads {features}, at guidance scales {", ".join(map(str, config["guidance_scales"]))} and log-SNR
+from {config["log_snr_range"][0]:.2f} to {config["log_snr_range"][1]:.2f}.
+
+| split | trajectories | schedulers | steps | siblings (M) |
+| --- | --- | --- | --- | --- |
+{rows}
+
+No prompt of train is in another split.
+
+{card_sections(report)}""",
     )
+
+
+class Best:
+    """The head that validated best, kept in a folder, so that a resumed run knows it.
+
+    Args:
+        folder: where it is kept.
+        step: that the run goes on from; what was found after it is forgotten.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder = folder
+        self.validations: dict[int, float] = {}
+        record = folder / "validations.json"
+        if step and record.exists():
+            found = json.loads(record.read_text("utf-8"))
+            self.validations = {int(one): score for one, score in found.items() if int(one) <= step}
+
+    @property
+    def step(self) -> int:
+        """Of the best validation; 0 before any."""
+        return max(self.validations, key=lambda step: self.validations[step], default=0)
+
+    def is_past(self, patience: int) -> bool:
+        """Whether so many validations since were not better."""
+        return sum(step > self.step for step in self.validations) >= patience
+
+    def offer(
+        self, head: InformationGainEvaluator, score: float, step: int, accelerator: Accelerator
+    ) -> None:
+        """Keeps the head if its score is the best so far."""
+        self.validations[step] = score
+        if accelerator.is_main_process:
+            if self.step == step:
+                head.save_pretrained(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self.validations, indent=1)
+            (self.folder / "validations.json").write_text(text + "\n", "utf-8")
 
 
 def push(options: Options) -> None:
@@ -620,11 +447,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Data.
     log = read_log(options.log)
-    if options.train_split not in log.splits:
-        raise ConfigError(
-            f"no split {options.train_split!r} in {options.log!r}, only {sorted(log.splits)}"
-        )
-    splits = split_prompts(log, options)
+    splits = split_prompts(
+        log,
+        train=options.train_split,
+        validation_share=options.validation_share,
+        seed=options.seed,
+    )
     train = splits["train"]
     calibration = fit_calibration(
         train.states.value,
@@ -713,7 +541,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
         loss, terms = jump_loss(
             {name: part.float() for name, part in predicted.items()},
-            to_targets(rows, accelerator.device),
+            targets_of(rows, accelerator.device),
             torch.from_numpy(np.repeat(chosen[:, None], width, axis=1)).to(accelerator.device),
             torch.from_numpy(cells).to(accelerator.device),
             reward_scale=head.config["reward_scale"],
@@ -738,7 +566,7 @@ def main(arguments: list[str] | None = None) -> None:
         if is_last or step % options.validation_steps == 0:
             ema.store(trained)
             ema.copy_to(trained)
-            figures = validation_score(judge(head, examples["validation"], {}))
+            figures = validate(head, examples["validation"])
             best.offer(head, figures["score"], step, accelerator)
             ema.restore(trained)
             accelerator.log({f"validation/{name}": one for name, one in figures.items()}, step=step)
@@ -753,49 +581,19 @@ def main(arguments: list[str] | None = None) -> None:
         logger.info("stopped at step %d; go on with --resume_from_checkpoint latest", step)
     elif accelerator.is_main_process:
         head = InformationGainEvaluator.from_pretrained(output / "best")
-        write_report(head, examples, options, best.step, command)
+        correct_variance(head, examples["validation"])
+        report = measure(head, examples)
+        about = {"command": command, "steps": best.step, "base_model": options.base_model}
+        for line in figures_table(report.figures):
+            logger.info(line)
+        head.save_pretrained(output)
+        calibration_figure(report.judged, report.transforms).savefig(output / "calibration.png")
+        (output / "figures.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", "utf-8")
+        (output / "README.md").write_text(make_card(head, examples, report, about), "utf-8")
         logger.info("saved %s, of step %d", output, best.step)
         if options.push_to_hub:
             push(options)
     accelerator.end_training()
-
-
-class Best:
-    """The head that validated best, kept in a folder, so that a resumed run knows it.
-
-    Args:
-        folder: where it is kept.
-        step: that the run goes on from; what was found after it is forgotten.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        self.folder = folder
-        self.validations: dict[int, float] = {}
-        record = folder / "validations.json"
-        if step and record.exists():
-            found = json.loads(record.read_text("utf-8"))
-            self.validations = {int(one): score for one, score in found.items() if int(one) <= step}
-
-    @property
-    def step(self) -> int:
-        """Of the best validation; 0 before any."""
-        return max(self.validations, key=lambda step: self.validations[step], default=0)
-
-    def is_past(self, patience: int) -> bool:
-        """Whether so many validations since were not better."""
-        return sum(step > self.step for step in self.validations) >= patience
-
-    def offer(
-        self, head: InformationGainEvaluator, score: float, step: int, accelerator: Accelerator
-    ) -> None:
-        """Keeps the head if its score is the best so far."""
-        self.validations[step] = score
-        if accelerator.is_main_process:
-            if self.step == step:
-                head.save_pretrained(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.validations, indent=1)
-            (self.folder / "validations.json").write_text(text + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ table of means could know. Correlations are also taken within cells, where such 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -33,12 +33,14 @@ class Judged(NamedTuple):
 
     Attributes:
         predicted: by the evaluator.
+        typical: by the evaluator, of the typical state at the same jump.
         actual: measured.
         cell: an integer, equal where jumps are of one cell.
         prompt: an integer for each prompt; prompts are what intervals are over.
     """
 
     predicted: Float[np.ndarray, " jumps"]
+    typical: Float[np.ndarray, " jumps"]
     actual: Float[np.ndarray, " jumps"]
     cell: Int[np.ndarray, " jumps"]
     prompt: Int[np.ndarray, " jumps"]
@@ -81,7 +83,7 @@ def target_figures(
     Raises:
         ConfigError: there are no jumps, or no cell has two.
     """
-    predicted, actual = (centred(rows, judged.cell) for rows in judged[:2])
+    predicted, actual = (centred(rows, judged.cell) for rows in (judged.predicted, judged.actual))
     return TargetFigures(
         count=len(judged.actual),
         overall=correlation(judged.predicted, judged.actual),
@@ -112,7 +114,7 @@ def within_correlation(judged: Judged) -> Interval:
     Raises:
         ConfigError: nothing varies within cells.
     """
-    predicted, actual = (centred(rows, judged.cell) for rows in judged[:2])
+    predicted, actual = (centred(rows, judged.cell) for rows in (judged.predicted, judged.actual))
     products = predicted * actual, predicted**2, actual**2
     totals = [rows.sum() for rows in products]
     if not totals[1] * totals[2] > 0:
@@ -127,26 +129,25 @@ def within_correlation(judged: Judged) -> Interval:
     )
 
 
-def table_of_means(
-    actual: Float[np.ndarray, " jumps"],
-    cell: Int[np.ndarray, " jumps"],
-    known: Mapping[int, float],
-) -> Float[np.ndarray, " jumps"]:
-    """Predict each jump by a mean of its cell, without a look at the state.
+def means_of_cells(judged: Judged) -> dict[int, float]:
+    """What came true in the mean, by cell."""
+    cells, place, counts = np.unique(judged.cell, return_inverse=True, return_counts=True)
+    means = np.bincount(place, judged.actual) / counts
+    return dict(zip(cells.tolist(), means.tolist(), strict=True))
+
+
+def table_of_means(judged: Judged, known: Mapping[int, float]) -> Float[np.ndarray, " jumps"]:
+    """Predict each jump by the mean of its cell in training, without a look at the state.
+
+    In a cell that training never saw, as those of another grid or scheduler, by what the evaluator
+    says of the typical state, to which the table is its continuation.
 
     Args:
-        actual: measured.
-        cell: of each jump.
-        known: means of the cells that training saw. In others, as those of a grid that it never
-            saw, a jump is predicted by the mean of the *other* jumps of its cell here, which is
-            more than the evaluator is given; NaN where there is no other.
+        judged: jumps of one target.
+        known: means of the cells that training saw, see `means_of_cells`.
     """
-    cells, place, counts = np.unique(cell, return_inverse=True, return_counts=True)
-    others = (np.bincount(place, actual)[place] - actual) / np.where(
-        counts > 1, counts - 1, np.nan
-    )[place]
-    trained = np.array([known.get(int(one), np.nan) for one in cells])[place]
-    return np.asarray(np.where(np.isnan(trained), others, trained))
+    trained = np.array([known.get(int(cell), np.nan) for cell in judged.cell])
+    return np.asarray(np.where(np.isnan(trained), judged.typical, trained))
 
 
 def gain_over_means(judged: Judged, means: Float[np.ndarray, " jumps"]) -> Interval:
@@ -154,20 +155,19 @@ def gain_over_means(judged: Judged, means: Float[np.ndarray, " jumps"]) -> Inter
 
     Args:
         judged: predictions and what came true.
-        means: of each jump's cell; jumps without one (NaN) do not count.
+        means: of each jump's cell, see `table_of_means`.
 
     Raises:
-        ConfigError: no jump has a mean that it differs from.
+        ConfigError: no jump differs from the mean of its cell.
     """
-    known = ~np.isnan(means)
-    errors = (judged.actual - judged.predicted)[known] ** 2
-    spread = (judged.actual - means)[known] ** 2
+    errors = (judged.actual - judged.predicted) ** 2
+    spread = (judged.actual - means) ** 2
     if not spread.sum() > 0:
         raise ConfigError("no jump differs from the mean of its cell: log more trajectories")
-    prompt = judged.prompt[known]
-    drawn = 1 - resampled_means(_by_prompt(errors, prompt)) / resampled_means(
-        _by_prompt(spread, prompt)
+    left, all_of_it = (
+        resampled_means(_by_prompt(rows, judged.prompt)) for rows in (errors, spread)
     )
+    drawn = 1 - left / all_of_it
     low, high = np.percentile(drawn, [2.5, 97.5])
     return Interval(float(1 - errors.sum() / spread.sum()), float(low), float(high))
 
@@ -302,6 +302,109 @@ def fit_deviations(
     return Deviations(np.array([predicted[part].mean() for part in parts]), deviation)
 
 
+@dataclass(frozen=True)
+class ErrorModel:
+    """How far off predictions are to be expected, fitted on prompts that nothing was trained on.
+
+    Attributes:
+        deviations: by target.
+    """
+
+    deviations: dict[str, Deviations]
+
+    def transforms(self, target: str, judged: Judged, siblings: int) -> Float[np.ndarray, " jumps"]:
+        """Probability integral transforms of the residuals of a target.
+
+        To the deviation of a predicted log variance that of a sample variance is added.
+        """
+        residuals = judged.actual - judged.predicted
+        spread = self.deviations[target](judged.predicted)
+        if target == "resolved_variance":
+            noise = log_variance_noise(siblings)
+            residuals, spread = residuals - noise.mean, np.sqrt(spread**2 + noise.variance)
+        return normal_transform(residuals, spread)
+
+
+def fit_error_model(judged: Mapping[str, Judged], siblings: int) -> ErrorModel:
+    """Fit the deviations of all targets of which there are two jumps at least.
+
+    Args:
+        judged: by target, on prompts that nothing was trained on.
+        siblings: in each of their groups.
+    """
+    deviations = {}
+    for target, rows in judged.items():
+        if len(rows.actual) < 2:
+            continue
+        mean, variance = 0.0, 0.0
+        if target == "resolved_variance":
+            mean, variance = log_variance_noise(siblings)
+        deviations[target] = fit_deviations(rows.predicted, rows.actual - mean, noise=variance)
+    return ErrorModel(deviations)
+
+
+@dataclass(frozen=True)
+class Report:
+    """How good an evaluator is on held-out splits.
+
+    Attributes:
+        figures: by split and target.
+        chi_square_errors: by split, the calibration error of sibling variances if the predicted
+            variance were exact, see `chi_square_transform`.
+        judged: predictions of the first split, by target.
+        transforms: of their residuals.
+    """
+
+    figures: dict[str, dict[str, TargetFigures]]
+    chi_square_errors: dict[str, float]
+    judged: dict[str, Judged]
+    transforms: dict[str, Float[np.ndarray, " jumps"]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        splits = {
+            split: {target: asdict(found) for target, found in targets.items()}
+            for split, targets in self.figures.items()
+        }
+        return {"figures": splits, "chi_square_calibration_errors": self.chi_square_errors}
+
+
+def make_report(
+    splits: Mapping[str, Mapping[str, Judged]],
+    siblings: Mapping[str, int],
+    *,
+    known: Mapping[str, Mapping[int, float]],
+    errors: ErrorModel,
+) -> Report:
+    """Measure predictions on every held-out split.
+
+    Args:
+        splits: predictions by split and target; targets of which a split has fewer than two jumps
+            are left out.
+        siblings: in each group of a split, by its name.
+        known: means of the cells that training saw, by target.
+        errors: how far off predictions are to be expected.
+
+    Raises:
+        ConfigError: nothing varies within the cells of a split.
+    """
+    report = Report({}, {}, {}, {})
+    for name, targets in splits.items():
+        report.figures[name] = {}
+        for target, rows in targets.items():
+            if len(rows.actual) < 2 or target not in errors.deviations:
+                continue
+            transforms = errors.transforms(target, rows, siblings[name])
+            means = table_of_means(rows, known[target])
+            report.figures[name][target] = target_figures(rows, means, transforms)
+            if target == "resolved_variance":
+                exact = chi_square_transform(np.exp(rows.actual), rows.predicted, siblings[name])
+                report.chi_square_errors[name] = expected_calibration_error(exact)
+            if len(report.figures) == 1:
+                report.judged[target], report.transforms[target] = rows, transforms
+    return report
+
+
 # --- in words and pictures
 
 
@@ -320,6 +423,37 @@ def figures_table(figures: Mapping[str, Mapping[str, TargetFigures]]) -> list[st
                 f"| {_interval(found.gain)} | {found.calibration_error:.3f} |"
             )
     return lines
+
+
+def card_sections(report: Report) -> str:
+    """The figures of a model card, with what they mean, in markdown."""
+    first = next(iter(report.figures))
+    exact = ", ".join(f"{name} {error:.3f}" for name, error in report.chi_square_errors.items())
+    return f"""## Figures
+
+{_lines(figures_table(report.figures))}
+
+A *cell* holds jumps from the same step of the same schedule (scheduler, eta, number of steps) over
+the same stride. *Within cells*: Pearson's correlation after the mean of its cell is taken off both
+sides, with a 95 % bootstrap interval over prompts; truncation errors and variances are logs. *Gain
+over cell means*: `1 - sum (y - prediction)^2 / sum (y - mean)^2`, the mean that of the cell in
+training; in a cell that training never saw, the prediction for the typical state.
+
+*Calibration error*: the mean over q = 0.1, 0.2, ... 0.9 of `|share of transforms at most q - q|`,
+where the transform of a residual is the normal distribution function of it over its deviation.
+Deviations are fitted on the validation prompts, by what is predicted. To that of the log variance
+the noise of the log of a sample variance is added (digamma and trigamma of half of M - 1). If the
+predicted variance v were held to be exact, the error by the chi-square law of `(M - 1) s^2 / v`
+would be: {exact or "unknown"}.
+
+## Reliability on {first}
+
+Shares of residuals below each quantile.
+
+{_lines(reliability_table(report.transforms))}
+
+![Predicted against measured, and observed against expected shares](calibration.png)
+"""
 
 
 def reliability_table(transforms: Mapping[str, Float[np.ndarray, " jumps"]]) -> list[str]:
@@ -356,6 +490,10 @@ def calibration_figure(
         below.plot(expected, [0, *observed_shares(transforms[target]), 1], marker="o")
         below.set(xlabel="expected share of residuals below", ylabel="observed share")
     return figure
+
+
+def _lines(lines: Sequence[str]) -> str:
+    return "\n".join(lines)
 
 
 def _number(value: float | None) -> str:
