@@ -45,6 +45,7 @@ from mctd_diffusers.commands.diagnose import diagnose
 from mctd_diffusers.commands.drawing import about, budget_in_words, draw, prices_of
 from mctd_diffusers.commands.generate import generate
 from mctd_diffusers.commands.log_trajectories import log_trajectories, relabel
+from mctd_diffusers.commands.train_ige import train_ige
 from mctd_diffusers.errors import ConfigError, MCTDError, SearchError
 
 if TYPE_CHECKING:
@@ -354,6 +355,9 @@ def demo(
 app.command()(bench)
 app.command()(diagnose)
 app.command("log-trajectories")(log_trajectories)
+app.command(
+    "train-ige", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)(train_ige)
 app.command()(relabel)
 
 

@@ -22,7 +22,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,7 +47,7 @@ from mctd_diffusers.evaluation.ige_report import (
     means_of_cells,
     within_correlation,
 )
-from mctd_diffusers.hub import card_text, push_folder
+from mctd_diffusers.hub import card_text
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.models.losses import JumpWeights, jump_loss
 from mctd_diffusers.trajectories.dataset import Log, LogSplit, read_jump_table, read_log
@@ -411,22 +410,6 @@ class Best:
             (self.folder / "validations.json").write_text(text + "\n", "utf-8")
 
 
-def push(options: Options) -> None:
-    """Pushes the head, its card and its figures."""
-    output = Path(options.output)
-    names = ("config.json", "diffusion_pytorch_model.safetensors", "README.md")
-    with tempfile.TemporaryDirectory() as folder:
-        for name in (*names, "figures.json", "calibration.png"):
-            shutil.copy(output / name, folder)
-        commit = push_folder(
-            folder,
-            options.hub_model_id or output.resolve().name,
-            private=options.hub_private or None,
-            commit_message="Upload InformationGainEvaluator",
-        )
-    logger.info("pushed to %s", commit)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Trains, stops early, measures and saves."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
@@ -592,7 +575,10 @@ def main(arguments: list[str] | None = None) -> None:
         (output / "README.md").write_text(make_card(head, examples, report, about), "utf-8")
         logger.info("saved %s, of step %d", output, best.step)
         if options.push_to_hub:
-            push(options)
+            name = options.hub_model_id or output.resolve().name
+            saved = InformationGainEvaluator.from_pretrained(output)  # with its card beside it
+            commit = saved.push_to_hub(name, private=options.hub_private or None)
+            logger.info("pushed to %s", commit)
     accelerator.end_training()
 
 
