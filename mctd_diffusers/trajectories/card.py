@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,8 +41,8 @@ _COLUMNS: Final = (
     ("reward", "", "of the finished picture, decoded in full; reward units"),
     ("jumps.step_index, jumps.stride", "[J]", "from which state, over how many steps"),
     ("jumps.latents, jumps.denoised", "[J][n]", "where it arrived, and the estimate there"),
-    ("jumps.latent_error", "[J]", "rms difference of the latents from fine steps; latent units"),
-    ("jumps.truncation_error", "[J]", "rms difference of the denoised estimates; latent units"),
+    ("jumps.truncation_error", "[J]", "rms difference of the latents from fine steps"),
+    ("jumps.estimate_error", "[J]", "rms difference of the denoised estimates"),
     ("jumps.value", "[J]", "value there, or reward where it finished; reward units"),
     ("siblings.step_index, siblings.stride", "[S]", "from which state, over how many steps"),
     ("siblings.denoised", "[S][M][n]", "estimates of M draws of one stochastic edge, eta 1"),
@@ -49,7 +50,7 @@ _COLUMNS: Final = (
 )
 
 
-def write_card(pipe: MCTDPipeline, folder: Path) -> Path:
+def write_card(pipe: MCTDPipeline, folder: str | os.PathLike[str]) -> Path:
     """Write the card of all splits in a folder; returns its path.
 
     Args:
@@ -59,6 +60,7 @@ def write_card(pipe: MCTDPipeline, folder: Path) -> Path:
     Raises:
         ConfigError: the settings of a split cannot be read.
     """
+    folder = Path(folder)
     splits = {split: read_begun(folder, split) for split in splits_of(folder)}
     begun = list(splits.values())
     parts = [

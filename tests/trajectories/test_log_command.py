@@ -251,7 +251,9 @@ def test_two_processes_of_the_script_write_what_one_command_writes(
     options[options.index("--output") + 1] = "shared"
     for processes in (2, 1):  # and again, with nothing to do
         launcher = ["-m", *LAUNCH.split(), "--num_processes", str(processes)]
-        launcher += ["--dynamo_backend", "no", "--cpu"] + ["--multi_gpu"] * (processes > 1)
+        launcher += ["--dynamo_backend", "no"]
+        # The launcher of torch, with gloo where there is no GPU.
+        launcher += ["--multi_gpu"] if processes > 1 else ["--cpu"]
         done = run(*launcher, script, *options, cwd=tmp_path)
         assert "card: shared/README.md" in done.stderr
     one, two = files_of(tmp_path / "log"), files_of(tmp_path / "shared")
