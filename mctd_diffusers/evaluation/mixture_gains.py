@@ -66,11 +66,12 @@ def measure_gains(
         ends = [0, stride]
         jumped = _fine_path(mixture, x, alpha[ends], sigma[ends])[-1]
         arrived = _estimate(mixture, jumped, alpha[stride], sigma[stride])
-        fine = _estimate(mixture, path[stride], alpha[stride], sigma[stride])
+        scale = np.sqrt(alpha[stride] ** 2 + sigma[stride] ** 2)  # to variance-preserving units
+        off = (jumped - path[stride]) / scale
         values = _values_after(mixture, reward, x, alpha[ends], sigma[ends])
         gains.mean_gain[:, column] = values.mean(axis=1) - value
         with np.errstate(divide="ignore"):  # one step is its own fine path
-            error = np.log(np.sqrt(((arrived - fine) ** 2).mean(axis=1)))
+            error = np.log(np.sqrt((off**2).mean(axis=1)))
             gains.log_variance[:, column] = np.log(values.var(axis=1, ddof=1))
         gains.log_truncation_error[:, column] = error
         gains.final_similarity[:, column] = _cosine(arrived, path[-1])

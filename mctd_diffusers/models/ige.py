@@ -55,8 +55,8 @@ class IGEOutput(BaseOutput):
         final_similarity (`torch.Tensor`):
             Cosine of the denoised estimate after the jump with the finished latents, -1 to 1.
         log_truncation_error (`torch.Tensor`):
-            Natural log of the root mean square difference between the denoised estimates after the
-            jump and after fine steps, in latent units.
+            Natural log of the root mean square difference between the latents after the jump and
+            after fine steps, in variance-preserving units.
     """
 
     mean_gain: Tensor

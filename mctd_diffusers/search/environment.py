@@ -64,8 +64,9 @@ class Gains(NamedTuple):
             sample, in squared reward units: what the jump *resolves*.
         final_similarity: cosine of the denoised estimate after the jump with the finished latents,
             -1 to 1.
-        log_truncation_error: natural log of the root mean square difference between the denoised
-            estimates after the jump and after fine steps, in latent units; ``-inf`` for one step.
+        log_truncation_error: natural log of the root mean square difference between the latents
+            after the jump and after fine steps, in variance-preserving units; ``-inf`` where they
+            are the same.
     """
 
     mean_gain: Gain

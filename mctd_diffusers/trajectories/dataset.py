@@ -89,7 +89,7 @@ class Jumps(NamedTuple):
     Attributes:
         state: row of the state that it left.
         stride: steps that it crossed.
-        truncation_error: rms difference of the denoised estimate from that of fine steps.
+        truncation_error: rms difference of the latents from those of fine steps.
         value: reward of the denoised estimate where it arrived, as it is.
         similarity: of that estimate with the finished latents of the trajectory.
     """

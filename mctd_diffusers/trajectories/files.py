@@ -59,8 +59,8 @@ def features_of(names: Mapping[str, Any]) -> Features:
                 "stride": whole,
                 "latents": halves,
                 "denoised": halves,
-                "latent_error": real,
                 "truncation_error": real,
+                "estimate_error": real,
                 "value": real,
             },
             "siblings": {

@@ -23,8 +23,9 @@ class Jumps(NamedTuple):
         stride: steps of the grid.
         latents: where they arrived.
         denoised: the estimate there.
-        latent_error: rms difference of the latents from the fine path's.
-        truncation_error: rms difference of the denoised estimates.
+        truncation_error: rms difference of the latents from the fine path's, in
+            variance-preserving units.
+        estimate_error: rms difference of the denoised estimates.
         value: reward of the estimate there.
     """
 
@@ -32,8 +33,8 @@ class Jumps(NamedTuple):
     stride: int
     latents: npt.NDArray[np.float16]
     denoised: npt.NDArray[np.float16]
-    latent_error: npt.NDArray[np.float32]
     truncation_error: npt.NDArray[np.float32]
+    estimate_error: npt.NDArray[np.float32]
     value: npt.NDArray[np.float64]
 
 
@@ -188,14 +189,16 @@ class _Run:
                 continue
             value = self._value(arrived)
             latents, denoised = world.latents(arrived), world.denoised(arrived)
+            off = latents - world.latents(reference)
+            here = world.step_indices(arrived[:1])[0]
             self.jumps.append(
                 Jumps(
                     step_index=start,
                     stride=stride,
                     latents=_half(latents),
                     denoised=_half(denoised),
-                    latent_error=_rms(latents - world.latents(reference)),
-                    truncation_error=_rms(denoised - world.denoised(reference)),
+                    truncation_error=_rms(world.stepper.variance_preserving(off.float(), here)),
+                    estimate_error=_rms(denoised - world.denoised(reference)),
                     value=value,
                 )
             )

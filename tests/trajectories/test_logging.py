@@ -243,7 +243,7 @@ def _bytes_in(row: dict[str, Any]) -> int:
     halves = [row["latents"], row["denoised"], row["final_latents"], row["jumps"]["latents"]]
     halves += [row["jumps"]["denoised"], row["siblings"]["denoised"], *row["features"].values()]
     singles = [row["value"], row["timestep"], row["log_snr"], row["siblings"]["values"]]
-    singles += [row["jumps"][name] for name in ("latent_error", "truncation_error", "value")]
+    singles += [row["jumps"][name] for name in ("truncation_error", "estimate_error", "value")]
     doubles = [row[part][n] for part in ("jumps", "siblings") for n in ("step_index", "stride")]
     return sum(
         size * np.size(numbers)
