@@ -55,8 +55,8 @@ class Trajectories(NamedTuple):
     """
 
     number: Int[np.ndarray, " trajectories"]
-    prompt: npt.NDArray[np.str_]
-    scheduler: npt.NDArray[np.str_]
+    prompt: npt.NDArray[Any]
+    scheduler: npt.NDArray[Any]
     eta: Float[np.ndarray, " trajectories"]
     num_steps: Int[np.ndarray, " trajectories"]
     guidance_scale: Float[np.ndarray, " trajectories"]
@@ -274,11 +274,11 @@ def read_jump_table(folder: str | Path, split: str = "train") -> JumpTable:
             if not rows.any() or len(latents) >= _TRAJECTORIES_FOR_COSTS:
                 continue
             read, count = _Reader(split, table.filter(pa.array(rows))), int(rows.sum())
-            states = read.rows("latents", count).reshape(count, finest, -1)
+            states = read.rows("latents", count * finest).reshape(count, finest, -1)
             final = read.rows("final_latents", count)[:, None]
             levels = read.rows("log_snr", count)[0].astype(np.float64)
             latents += list(np.concatenate([states, final], axis=1))
-            denoised += list(read.rows("denoised", count).reshape(count, finest, -1))
+            denoised += list(read.rows("denoised", count * finest).reshape(count, finest, -1))
     cost = jump_costs(
         np.stack(latents[:_TRAJECTORIES_FOR_COSTS]).astype(np.float32),
         np.stack(denoised[:_TRAJECTORIES_FOR_COSTS]).astype(np.float32),
@@ -398,7 +398,7 @@ class _Reader:
             ConfigError: one is missing or not finite; names the trajectory.
         """
         array, rows = self.column(name), None
-        while pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
+        while _is_list(array.type):
             parents = np.asarray(pc.list_parent_indices(array))
             rows = parents if rows is None else rows[parents]
             array = array.flatten()
@@ -417,7 +417,7 @@ class _Reader:
         """Columns of features."""
         return [f"features.{field.name}" for field in self.column("features").type]
 
-    def texts(self, name: str) -> npt.NDArray[np.str_]:
+    def texts(self, name: str) -> npt.NDArray[Any]:
         """A column of texts."""
         return np.array(self.column(name).to_pylist(), dtype=np.str_)
 
@@ -468,18 +468,26 @@ class _Reader:
         return owner, first[owner] + step_index, stride
 
     def rows(self, name: str, count: int) -> npt.NDArray[Any]:
-        """A column of lists of equally long lists, ``[count, length]``.
+        """A column whose innermost lists are equally long, ``[count, length]``.
 
         Raises:
-            ConfigError: they are not equally long, or not so many.
+            ConfigError: they are not, or not so many.
         """
-        numbers = self.flat(name)
-        if count and len(numbers) % count:
+        numbers, array = self.flat(name), self.column(name)
+        while _is_list(array.type.value_type):
+            array = array.flatten()
+        lengths = np.unique(np.asarray(pc.list_value_length(array)))
+        if len(lengths) > 1 or len(array) != count:
             raise ConfigError(
-                f"column {name!r} of split {self.split!r} has {len(numbers)} numbers for {count} "
-                "rows: rows of one column must be equally long; log it again"
+                f"column {name!r} of split {self.split!r} has {len(array)} rows of lengths "
+                f"{lengths.tolist()}, and needs {count} of one length: keep a log to one model, or "
+                "log it again"
             )
-        return numbers.reshape(count, len(numbers) // max(count, 1))
+        return numbers.reshape(count, lengths[0] if count else 0)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _read_part(split: str, table: pa.Table) -> tuple[str, LogSplit]:

@@ -99,19 +99,15 @@ def resolved_variance(values: Float[np.ndarray, "*batch siblings"]) -> Float[np.
 
 
 def truncation_error(
-    arrived: Float[np.ndarray, "*batch size"], fine: Float[np.ndarray, "*batch size"]
+    latents: Float[np.ndarray, "*batch size"], fine: Float[np.ndarray, "*batch size"]
 ) -> Float[np.ndarray, "*batch"]:
     """Return how far a jump leads off the path of fine steps: ``|x - x_fine| / sqrt(n)``.
 
-    Both are variance preserving, so that errors at all noise levels are in one unit. Along a path
-    they about add up to the error of the finished sample, which is why the cost of a schedule is
-    their sum (Chen et al., 2024, arXiv 2405.11326, section 4.1).
-
     Args:
-        arrived: latents after one deterministic jump, flattened.
-        fine: latents after fine deterministic steps over the same stretch.
+        latents: after one deterministic jump, flattened, in variance-preserving units.
+        fine: after fine deterministic steps over the same stretch.
     """
-    difference = np.asarray(arrived, np.float64) - fine
+    difference = np.asarray(latents, np.float64) - fine
     return np.asarray(np.sqrt((difference**2).mean(axis=-1)))
 
 
