@@ -249,7 +249,7 @@ def read_jump_table(folder: str | Path, split: str = "train") -> JumpTable:
     for path in shards[split]:
         for table in _tables(path, ("scheduler", "eta", "num_steps")):
             steps = np.asarray(table["num_steps"])[_is_deterministic(table)]
-            finest = max(finest, steps.max(initial=0))
+            finest = max(finest, int(steps.max(initial=0)))
     if not finest:
         raise ConfigError(
             f"split {split!r} has no trajectory of a DDIMScheduler with eta 0, along which the "
