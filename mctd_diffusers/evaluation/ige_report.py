@@ -114,10 +114,11 @@ def within_correlation(judged: Judged) -> Interval:
     Raises:
         ConfigError: nothing varies within cells.
     """
-    predicted, actual = (centred(rows, judged.cell) for rows in (judged.predicted, judged.actual))
+    both_sides = judged.predicted, judged.actual
+    predicted, actual = (centred(rows, judged.cell) for rows in both_sides)
     products = predicted * actual, predicted**2, actual**2
     totals = [rows.sum() for rows in products]
-    if not totals[1] * totals[2] > 0:
+    if not all(_varies(rows, judged.cell) for rows in both_sides):
         raise ConfigError(
             f"{len(actual)} jumps, none of whose cells has two that differ in what is predicted "
             "and in what came true: log more trajectories of each schedule"
@@ -502,6 +503,12 @@ def _number(value: float | None) -> str:
 
 def _interval(interval: Interval) -> str:
     return f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+
+
+def _varies(values: Float[np.ndarray, " jumps"], cell: Int[np.ndarray, " jumps"]) -> bool:
+    """Whether two values of one cell differ."""
+    pairs = np.unique(np.stack([cell, values]), axis=1)
+    return pairs.shape[1] > len(np.unique(cell))
 
 
 def _by_prompt(

@@ -535,12 +535,13 @@ def _read_part(split: str, table: pa.Table) -> tuple[str, LogSplit]:
         name.removeprefix("features."): read.rows(name, total) for name in read.feature_names
     }
     owner, state, stride = read.edges("jumps", first, steps)
+    arrived = read.rows("jumps.denoised", len(state)) if len(state) else final[:0]
     jumps = Jumps(
         state=state,
         stride=stride,
         truncation_error=read.flat("jumps.truncation_error"),
         value=read.flat("jumps.value"),
-        similarity=final_similarity(read.rows("jumps.denoised", len(state)), final[owner]),
+        similarity=final_similarity(arrived, final[owner]),
     )
     _, state, stride = read.edges("siblings", first, steps)
     siblings = Siblings(state, stride, read.rows("siblings.values", len(state)))

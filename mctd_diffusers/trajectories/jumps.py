@@ -156,6 +156,7 @@ def _arrived(
     value: npt.NDArray[np.floating],
 ) -> Floats:
     """Calibrated values after jumps; of a finished sample its reward."""
+    state = np.broadcast_to(state, value.shape)
     finished = split.finishes(state, np.full_like(state, stride))
     return np.where(finished, value, calibration(value, _level(split, state, stride)))
 
