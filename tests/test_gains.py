@@ -18,11 +18,13 @@ from mctd_diffusers.denoising.gains import (
     ays_costs,
     change_costs,
     gits_costs,
+    stride_parts,
     typical_gains,
 )
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError, SearchError
 from mctd_diffusers.search.environment import FIRST_DRAW, Action, Counts, Gains, Handles
+from mctd_diffusers.search.stride_policies import parse_stride_policy
 from tests.test_environment import SCALE, World, array
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -116,7 +118,7 @@ class Head:
         self.sizes.append(len(source))
         seen = 0 if features is None else features["estimate"][:, :1]
         jump = (target - source[:, None]).double().numpy()
-        return Gains(jump, jump, jump, jump + np.asarray(seen))
+        return Gains(jump, jump, jump, jump * (1 + np.asarray(seen)))
 
 
 def test_a_head_is_asked_by_noise_levels_in_calls_of_one_size(unet: Any, vae: Any) -> None:
@@ -129,13 +131,43 @@ def test_a_head_is_asked_by_noise_levels_in_calls_of_one_size(unet: Any, vae: An
     before = environment.ledger.total
     gains = environment.predict_gain(np.append(handles, late), STRIDES)
     assert environment.ledger.total == before
-    assert head.sizes == [4, 4]
+    assert head.sizes == [4, 4, 8]  # the last is the typical sample's, at every step
     levels = world.stepper.log_snr
     expected = [float(levels[k] - levels[0]) for k in STRIDES]
     np.testing.assert_allclose(gains.mean_gain[0], expected, rtol=1e-6)
     assert np.isnan(gains.mean_gain[5]).tolist() == [False, False, True, True]
     alone = environment.predict_gain(handles[2:3], STRIDES)
     assert np.array_equal(alone.log_truncation_error[0], gains.log_truncation_error[2])
+
+
+def test_errors_of_a_head_are_anchored_at_its_table(unet: Any, vae: Any) -> None:
+    """The table's error, times how the sample's differs beyond what all its jumps share."""
+    world = World(unet, vae, gain_model=HeadGains(Head(), 4))
+    environment = world.environment
+    handles = evaluated(environment, array(0, 1))
+    errors = environment.predict_gain(handles, STRIDES).log_truncation_error
+    levels = world.stepper.log_snr.double().numpy()
+    jumps = np.array([levels[k] - levels[0] for k in STRIDES])
+    seen = environment.features(handles)["estimate"][:, :1].double().numpy()
+    own = jumps * seen
+    table = np.log(gits_costs(world.stepper, STRIDES, Head())[0])
+    expected = table + own - own.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(errors, expected, rtol=1e-5)
+
+
+def test_a_head_without_a_table_speaks_for_itself(unet: Any, vae: Any) -> None:
+    head: Any = Head()
+    head.jump_log_snr, head.jump_cost = torch.zeros(0), torch.zeros(0, 0)
+    world = World(unet, vae, gain_model=HeadGains(head, 4))
+    policy = parse_stride_policy("gits", target="truncation_error", plans=False)
+    with pytest.raises(ConfigError, match="DDIMScheduler:0"):
+        stride_parts(policy, STRIDES, world.stepper, head, 4)
+    ige = parse_stride_policy("ige", target="truncation_error", plans=False)
+    costs = stride_parts(ige, STRIDES, world.stepper, head, 4).costs
+    levels = world.stepper.log_snr.double().numpy()
+    assert costs is not None
+    assert costs[0][:2] == pytest.approx(np.exp([levels[1] - levels[0], levels[2] - levels[0]]))
+    assert costs[7][1:] == (np.inf,) * 3
 
 
 def test_measured_errors_are_those_of_jumps_really_made(unet: Any, vae: Any) -> None:

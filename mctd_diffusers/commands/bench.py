@@ -15,6 +15,7 @@ from mctd_diffusers.commands.common import (
     SEARCH_HELP,
     Device,
     Guidance,
+    Ige,
     RowsPerCall,
     Scheduler,
     Steps,
@@ -81,6 +82,7 @@ def bench(
             "and no search."
         ),
     ] = None,
+    ige: Ige = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use so many prompts only; the kinds take turns.")
     ] = None,
@@ -112,6 +114,7 @@ def bench(
             stride_policies,
             reward=reward,
             gold=gold,
+            ige=ige,
             out=out,
             call=check_call(
                 [],
@@ -153,7 +156,14 @@ def bench(
             cells = _found_cells(plan, out)
         else:
             cells = _made_cells(
-                plan, out, saved, reward=reward, gold=gold, scheduler=scheduler, device=device
+                plan,
+                out,
+                saved,
+                reward=reward,
+                gold=gold,
+                ige=ige,
+                scheduler=scheduler,
+                device=device,
             )
         _report(plan, cells, out)
 
@@ -243,6 +253,7 @@ def _compare_plainly(
     *,
     reward: str | None,
     gold: str,
+    ige: str | None,
     out: Path,
     call: Call,
     **settings: Any,
@@ -269,7 +280,7 @@ def _compare_plainly(
     plan = PlainPlan(prompts=texts, policies=tuple(names), **settings)
     if gold == "judge":
         check_judge_reads(plan.prompts)
-    pipe, judge = _loaded(model, call, reward, gold)
+    pipe, judge = _loaded(model, call, reward, gold, ige)
     pipe.set_progress_bar_config(disable=True)
     nfe = sum(count for _, count in plan.samplers()) * len(texts) * len(plan.seeds)
     with tqdm(total=nfe, unit="NFE", unit_scale=True, file=sys.stderr) as bar:
@@ -305,6 +316,7 @@ def _made_cells(
     *,
     reward: str | None,
     gold: str,
+    ige: str | None,
     scheduler: str | None,
     device: str | None,
 ) -> list[Cell]:
@@ -323,7 +335,8 @@ def _made_cells(
         time_budget_s=largest.seconds(1),
     )
     make_folder(out / "cells")
-    suite = _mixtures() if plan.suite == _MIXTURE else _pipeline(plan, call, reward, gold)
+    is_mixture = plan.suite == _MIXTURE
+    suite = _mixtures() if is_mixture else _pipeline(plan, call, reward, gold, ige)
     with _progress(plan, saved) as on_cell:
         return make_cells(plan, suite, out / "cells", on_cell)
 
@@ -335,15 +348,17 @@ def _mixtures() -> Suite:
     return MixtureSuite()
 
 
-def _pipeline(plan: BenchPlan, call: Call, reward: str | None, gold: str) -> Suite:
+def _pipeline(plan: BenchPlan, call: Call, reward: str | None, gold: str, ige: str | None) -> Suite:
     """The pipeline of the plan with what judges it, loaded."""
     from mctd_diffusers.evaluation.benchmark.pipeline_suite import PipelineSuite
 
-    pipe, judge = _loaded(plan.suite, call, reward, gold)
+    pipe, judge = _loaded(plan.suite, call, reward, gold, ige)
     return PipelineSuite(pipe, judge, plan)
 
 
-def _loaded(model: str, call: Call, reward: str | None, gold: str) -> tuple[MCTDPipeline, Gold]:
+def _loaded(
+    model: str, call: Call, reward: str | None, gold: str, ige: str | None
+) -> tuple[MCTDPipeline, Gold]:
     """A pipeline with its reward, and what judges it."""
     import torch
 
@@ -351,7 +366,7 @@ def _loaded(model: str, call: Call, reward: str | None, gold: str) -> tuple[MCTD
 
     judge = JudgeGold(load_gold_judge()) if gold == "judge" else RewardGold(named_reward(gold))
     searched = named_reward(reward) if reward is not None and ":" in reward else reward
-    pipe = load_pipeline(model, searched, call)
+    pipe = load_pipeline(model, searched, call, ige=ige)
     if pipe.device.type == "cpu" and isinstance(getattr(pipe, "unet", None), torch.nn.Module):
         pipe.unet.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
     return pipe, judge

@@ -42,6 +42,10 @@ Reward = Annotated[
         help="Name of a reward, or folder or repository of a CLIPModel [the model's own]."
     ),
 ]
+Ige = Annotated[
+    str | None,
+    typer.Option(help="Folder or repository of an information gain evaluator [the model's own]."),
+]
 Scheduler = Annotated[
     str | None,
     typer.Option(
@@ -350,13 +354,14 @@ def check_call(
     )
 
 
-def load_pipeline(model: str, reward: Any, call: Call) -> MCTDPipeline:
+def load_pipeline(model: str, reward: Any, call: Call, *, ige: str | None = None) -> MCTDPipeline:
     """Load a pipeline, quietly, and put it on its device.
 
     Args:
         model: "embedded", a folder or a repository.
         reward: as `MCTDPipeline.from_pretrained` takes it; ``None`` for the model's own.
         call: checked; gets the scheduler.
+        ige: folder or repository of an information gain evaluator; ``None`` for the model's own.
 
     Raises:
         ConfigError: the model or the reward cannot be had.
@@ -378,6 +383,8 @@ def load_pipeline(model: str, reward: Any, call: Call) -> MCTDPipeline:
     if model == "embedded" and reward is None:
         reward = "embedded"
     chosen = {} if reward is None else {"reward_model": reward}
+    if ige is not None:
+        chosen["ige"] = ige
     try:
         pipe = MCTDPipeline.from_pretrained(folder, **chosen)
     except MCTDError:

@@ -59,6 +59,11 @@ class HeadGains:
     It is called for a fixed number of samples at once, so that a prediction does not depend, in its
     last bits, on how many others there are.
 
+    Truncation errors are *anchored*: the mean error of a jump is known from the head's own table,
+    and the head says how this sample's differ from those of the typical sample. Of the difference
+    the part that all jumps share is left out: a sample that is hard here is hard later too, which
+    is no reason to step shorter now than then.
+
     Args:
         head: the information gain evaluator.
         rows_per_call: samples in each call.
@@ -69,6 +74,7 @@ class HeadGains:
     def __init__(self, head: GainHead, rows_per_call: int) -> None:
         self._head = head
         self._rows_per_call = rows_per_call
+        self._anchors: dict[tuple[int, ...], tuple[Floats, Floats]] = {}
 
     def __call__(
         self, environment: LatentEnvironment, handles: Handles, strides: Sequence[int]
@@ -85,7 +91,24 @@ class HeadGains:
                 filled, chunk.fill(source[chunk.rows]), chunk.fill(target[chunk.rows])
             )
             parts.append([part[: chunk.useful] for part in predicted])
-        return Gains(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))
+        gains = Gains(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))
+        table, typical = self._anchor(environment.stepper, tuple(strides))
+        here = environment.step_indices(handles)
+        own = gains.log_truncation_error - typical[here]
+        known = ~np.isnan(own)
+        shared = np.nansum(own, axis=1) / np.maximum(known.sum(axis=1), 1)
+        return gains._replace(log_truncation_error=table[here] + own - shared[:, None])
+
+    def _anchor(self, stepper: Stepper, strides: tuple[int, ...]) -> tuple[Floats, Floats]:
+        """Log errors by the table and of the typical sample, ``[num_steps, strides]``."""
+        if strides not in self._anchors:
+            typical = typical_gains(stepper, strides, self._head).log_truncation_error
+            table = typical
+            if has_table(self._head):
+                with np.errstate(divide="ignore"):
+                    table = np.log(gits_costs(stepper, strides, self._head))
+            self._anchors[strides] = table, typical
+        return self._anchors[strides]
 
 
 class EstimateChange:
@@ -243,9 +266,17 @@ def stride_parts(
             "pipeline has none: load it with ige=..., or use 'ays' or 'uniform'"
         )
     if policy.kind == "gits":
+        if not has_table(head):
+            raise ConfigError(
+                "stride_policy 'gits' needs the table of a head's jump costs, and this one has "
+                "none: train one on a log with deterministic trajectories (DDIMScheduler:0)"
+            )
         return StrideParts(costs=_as_costs(gits_costs(stepper, strides, head)))
     assert policy.target is not None
-    costs = _as_costs(gain_costs(typical_gains(stepper, strides, head), policy.target))
+    if policy.target == "truncation_error" and has_table(head):
+        costs = _as_costs(gits_costs(stepper, strides, head))
+    else:
+        costs = _as_costs(gain_costs(typical_gains(stepper, strides, head), policy.target))
     if policy.kind == "ige":
         return StrideParts(HeadGains(head, rows_per_call), True, costs)
     siblings = ORACLE_SIBLINGS if policy.target == "resolved_variance" else 0
@@ -300,6 +331,11 @@ def gits_costs(stepper: Stepper, strides: Sequence[int], head: GainHead) -> Floa
     every = np.stack([np.interp(levels, known, column) for column in by_target.T], axis=1)
     points = np.arange(len(levels))
     return _between(points, strides, lambda here, there: every[here, there])
+
+
+def has_table(head: GainHead) -> bool:
+    """Whether a head came with a table of what jumps cost."""
+    return len(head.jump_log_snr) > 1
 
 
 def typical_gains(stepper: Stepper, strides: Sequence[int], head: GainHead) -> Gains:
