@@ -76,11 +76,13 @@ def test_a_plain_sample_takes_its_evaluations_by_the_policy(pipe: Any, policy: s
 
 @pytest.mark.parametrize("policy", ["budget", *REASONS])
 def test_a_tree_search_keeps_its_budget_by_any_policy(pipe: Any, policy: str) -> None:
-    out = search(pipe, search=MCTD(stride_policy=policy), compute=3)
-    assert all(nfe <= 48 for nfe in out.nfe)
-    for found in out.search:
-        assert reasons_of(found.tree) <= {"", policy, *REASONS.get(policy, {"budget"})}
-        assert found.recipe["moves"]
+    strategy = MCTD(stride_policy=policy, edge_gain=0.5, seed_share=0)  # many edges
+    out = search(pipe, PROMPTS[:1], search=strategy, compute=3)
+    assert out.nfe[0] <= 48
+    reasons = reasons_of(out.search[0].tree)
+    allowed = REASONS.get(policy, {"budget"})
+    assert reasons <= allowed
+    assert reasons - {"only"}
 
 
 def test_an_image_does_not_depend_on_the_others(pipe: Any) -> None:
@@ -88,9 +90,9 @@ def test_an_image_does_not_depend_on_the_others(pipe: Any) -> None:
     together = search(pipe, **call)
     for place, prompt in enumerate(PROMPTS):
         alone = search(pipe, [prompt], **call)
-        assert torch.equal(alone.images[0], together.images[place])
+        torch.testing.assert_close(alone.images[0], together.images[place], rtol=0, atol=1e-5)
         one, other = alone.search[0].tree, together.search[place].tree
-        for name in ("parent", "stride", "stride_reason", "predicted_gain", "value", "reward"):
+        for name in ("parent", "stride", "stride_reason"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
@@ -164,7 +166,8 @@ def test_a_head_falls_back_outside_the_noise_levels_that_it_knows(pipe: Any) -> 
 
 
 def test_options_of_the_call_set_the_policy(pipe: Any) -> None:
-    out = search(pipe, search="mctd", stride_policy="random", compute=2)
+    strategy = MCTD(edge_gain=0.5, seed_share=0)
+    out = search(pipe, search=strategy, stride_policy="random", compute=3)
     assert "random" in reasons_of(out.search[0].tree)
     with pytest.raises(ConfigError, match="did you mean 'gits'"):
         search(pipe, search="mctd", stride_policy="git", compute=2)
