@@ -48,6 +48,7 @@ from mctd_diffusers.evaluation.ige_report import (
     within_correlation,
 )
 from mctd_diffusers.hub import card_text
+from mctd_diffusers.models.calibration import Calibration
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.models.losses import JumpWeights, jump_loss
 from mctd_diffusers.trajectories.dataset import Log, LogSplit, read_jump_table, read_log
@@ -59,7 +60,7 @@ from mctd_diffusers.trajectories.examples import (
     targets_of,
 )
 from mctd_diffusers.trajectories.jumps import JumpRows, free_jumps, groups_of, strides_of
-from mctd_diffusers.trajectories.targets import Calibration, fit_calibration
+from mctd_diffusers.trajectories.targets import fit_calibration
 
 logger = logging.getLogger("train_ige")
 

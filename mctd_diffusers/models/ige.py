@@ -98,7 +98,7 @@ class InformationGainEvaluator(ModelMixin, ConfigMixin):
         guidance_scales (`list[float]`, *optional*):
             Guidance scales that it was trained at.
         calibration (`dict[str, list[float]]`, *optional*):
-            What turns values into calibrated values, see `trajectories.targets.Calibration`.
+            What turns values into calibrated values, see `models.calibration.Calibration`.
 
     Attributes:
         jump_log_snr (`torch.Tensor`):

@@ -13,11 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.models.calibration import Calibration
 from mctd_diffusers.models.ige import IGEOutput, InformationGainEvaluator
 from mctd_diffusers.models.losses import JumpTargets
 from mctd_diffusers.trajectories.dataset import Log, LogSplit
 from mctd_diffusers.trajectories.jumps import JumpRows, cells_of, jump_rows
-from mctd_diffusers.trajectories.targets import Calibration
 
 TARGETS: Final = {
     "truncation_error": "log_truncation_error",

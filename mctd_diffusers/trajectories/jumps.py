@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float, Int
 
+from mctd_diffusers.models.calibration import Calibration
 from mctd_diffusers.trajectories.dataset import LogSplit
-from mctd_diffusers.trajectories.targets import Calibration, resolved_variance
+from mctd_diffusers.trajectories.targets import resolved_variance
 
 Floats = npt.NDArray[np.float64]
 

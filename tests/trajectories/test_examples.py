@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.models.calibration import Calibration
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.trajectories.dataset import Log, read_log
 from mctd_diffusers.trajectories.examples import (
@@ -25,7 +26,7 @@ from mctd_diffusers.trajectories.jumps import (
     state_values,
     strides_of,
 )
-from mctd_diffusers.trajectories.targets import Calibration, resolved_variance
+from mctd_diffusers.trajectories.targets import resolved_variance
 from tests.trajectories.toy_logs import CHANNELS, FAMILY, STRIDES, toy_rows, write_toy_log
 
 HALVED = Calibration((-4.0, 4.0), (0.5, 0.5), (1.0, 1.0), (1.0, 1.0))

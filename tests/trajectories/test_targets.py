@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.ground_truth import LinearReward, QuadraticReward, cosine_schedule
+from mctd_diffusers.models.calibration import Calibration
 from mctd_diffusers.trajectories.targets import (
-    Calibration,
     final_similarity,
     fit_calibration,
     gains_of_pairs,
