@@ -355,9 +355,7 @@ def demo(
 app.command()(bench)
 app.command()(diagnose)
 app.command("log-trajectories")(log_trajectories)
-app.command(
-    "train-ige", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)(train_ige)
+app.command("train-ige", context_settings={"ignore_unknown_options": True})(train_ige)
 app.command()(relabel)
 
 

@@ -89,7 +89,7 @@ class Options:
     )
     variance_weight: float = field(default=0.5, metadata={"help": "weight of the log variance"})
     gain_weight: float = field(default=0.5, metadata={"help": "weight of the mean gain"})
-    similarity_weight: float = field(default=5.0, metadata={"help": "weight of the similarity"})
+    similarity_weight: float = field(default=2.0, metadata={"help": "weight of the similarity"})
     ranking_weight: float = field(default=0.5, metadata={"help": "weight of the ranking"})
     group_size: int = field(default=8, metadata={"help": "states of one cell in a batch, at most"})
     train_batch_size: int = field(default=32, metadata={"help": "groups of states a step"})

@@ -15,8 +15,10 @@ from mctd_diffusers.errors import ConfigError
 
 
 def train_ige(
-    context: typer.Context,
     log: Annotated[Path, typer.Argument(help="Folder that `mctd log-trajectories` wrote.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(help="Further options, passed on to the script.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the head and its card.")] = Path(
         "outputs/ige"
     ),
@@ -25,12 +27,12 @@ def train_ige(
         str | None, typer.Option(help="Repository of the Hub to push the head to at the end.")
     ] = None,
 ) -> None:
-    """Train an information gain evaluator on logged trajectories; options of the script go on.
+    """Train an information gain evaluator on logged trajectories.
 
-    Such as --max_train_steps 3000, --base_model user/model or --resume_from_checkpoint latest:
-    `training/train_ige.py --help` lists them all.
+    Options of training/train_ige.py are passed on to it, such as --max_train_steps 3000,
+    --base_model user/model or --resume_from_checkpoint latest.
     """
-    arguments = ["--log", str(log), "--output", str(output), *context.args]
+    arguments = ["--log", str(log), "--output", str(output), *(options or [])]
     if push_to_hub is not None:
         arguments += ["--push_to_hub", "true", "--hub_model_id", push_to_hub]
     status = launch_script("train_ige", arguments, processes=processes)

@@ -308,9 +308,12 @@ class ErrorModel:
     """How far off predictions are to be expected, fitted on prompts that nothing was trained on.
 
     Attributes:
-        deviations: by target.
+        offsets: mean residual, by target. That of a log variance is not 0 where the variance is
+            right in the mean: logs are then too small in the mean.
+        deviations: of residuals around it, by target.
     """
 
+    offsets: dict[str, float]
     deviations: dict[str, Deviations]
 
     def transforms(self, target: str, judged: Judged, siblings: int) -> Float[np.ndarray, " jumps"]:
@@ -318,7 +321,7 @@ class ErrorModel:
 
         To the deviation of a predicted log variance that of a sample variance is added.
         """
-        residuals = judged.actual - judged.predicted
+        residuals = judged.actual - judged.predicted - self.offsets[target]
         spread = self.deviations[target](judged.predicted)
         if target == "resolved_variance":
             noise = log_variance_noise(siblings)
@@ -327,21 +330,24 @@ class ErrorModel:
 
 
 def fit_error_model(judged: Mapping[str, Judged], siblings: int) -> ErrorModel:
-    """Fit the deviations of all targets of which there are two jumps at least.
+    """Fit offsets and deviations of all targets of which there are two jumps at least.
 
     Args:
         judged: by target, on prompts that nothing was trained on.
         siblings: in each of their groups.
     """
-    deviations = {}
+    offsets, deviations = {}, {}
     for target, rows in judged.items():
         if len(rows.actual) < 2:
             continue
         mean, variance = 0.0, 0.0
         if target == "resolved_variance":
             mean, variance = log_variance_noise(siblings)
-        deviations[target] = fit_deviations(rows.predicted, rows.actual - mean, noise=variance)
-    return ErrorModel(deviations)
+        offsets[target] = float((rows.actual - mean - rows.predicted).mean())
+        deviations[target] = fit_deviations(
+            rows.predicted, rows.actual - mean - offsets[target], noise=variance
+        )
+    return ErrorModel(offsets, deviations)
 
 
 @dataclass(frozen=True)
@@ -380,20 +386,20 @@ def make_report(
     """Measure predictions on every held-out split.
 
     Args:
-        splits: predictions by split and target; targets of which a split has fewer than two jumps
-            are left out.
+        splits: predictions by split and target; targets of which a split knows nothing, or which
+            do not vary within its cells, are left out.
         siblings: in each group of a split, by its name.
         known: means of the cells that training saw, by target.
         errors: how far off predictions are to be expected.
 
     Raises:
-        ConfigError: nothing varies within the cells of a split.
+        ConfigError: predictions do not vary within the cells of a split.
     """
     report = Report({}, {}, {}, {})
     for name, targets in splits.items():
         report.figures[name] = {}
         for target, rows in targets.items():
-            if len(rows.actual) < 2 or target not in errors.deviations:
+            if target not in errors.deviations or not _varies(rows.actual, rows.cell):
                 continue
             transforms = errors.transforms(target, rows, siblings[name])
             means = table_of_means(rows, known[target])
@@ -442,7 +448,8 @@ training; in a cell that training never saw, the prediction for the typical stat
 
 *Calibration error*: the mean over q = 0.1, 0.2, ... 0.9 of `|share of transforms at most q - q|`,
 where the transform of a residual is the normal distribution function of it over its deviation.
-Deviations are fitted on the validation prompts, by what is predicted. To that of the log variance
+Mean and deviation of residuals are fitted on the validation prompts, the latter by what is
+predicted. To that of the log variance
 the noise of the log of a sample variance is added (digamma and trigamma of half of M - 1). If the
 predicted variance v were held to be exact, the error by the chi-square law of `(M - 1) s^2 / v`
 would be: {exact or "unknown"}.
@@ -507,6 +514,8 @@ def _interval(interval: Interval) -> str:
 
 def _varies(values: Float[np.ndarray, " jumps"], cell: Int[np.ndarray, " jumps"]) -> bool:
     """Whether two values of one cell differ."""
+    if not len(values):
+        return False
     pairs = np.unique(np.stack([cell, values]), axis=1)
     return pairs.shape[1] > len(np.unique(cell))
 

@@ -1,8 +1,8 @@
 """Logs of a world in closed form: what a state's features say of its jumps is known.
 
 A trajectory has a *difficulty* and a *doubt*, both in its features beside mere noise. Truncation
-errors are ``stride * exp(difficulty - 4)``, values of siblings have variance ``exp(2 doubt - 2)``.
-Its paths are straight: ``x_t = alpha x_0 + sigma noise`` at every level.
+errors are ``h * exp(difficulty - 4)``, with ``h`` the log-SNR that a jump crosses, and values of
+siblings have variance ``exp(2 doubt - 2)``. Paths are straight: ``x_t = alpha x_0 + sigma noise``.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def toy_row(index: int, *, steps: int, siblings: int, seed: int, prompts: str) -
             "step_index": [i for i, _ in edges],
             "stride": [k for _, k in edges],
             "latents": [paths[i + k] for i, k in edges],
-            "denoised": np.tile(clean, (len(edges), 1)),
-            "truncation_error": [k * np.exp(difficulty - 4) for _, k in edges],
+            "denoised": [clean + 0.3 * sigma[i + k] * rng.normal(size=SIZE) for i, k in edges],
+            "truncation_error": [
+                (log_snr[i + k] - log_snr[i]) * np.exp(difficulty - 4) for i, k in edges
+            ],
             "estimate_error": [0.0] * len(edges),
             "value": [reward] * len(edges),
         },
