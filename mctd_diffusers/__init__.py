@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         UnsupportedSchedulerError,
     )
     from mctd_diffusers.evaluation.judge import SceneJudge
+    from mctd_diffusers.models.ige import InformationGainEvaluator
+    from mctd_diffusers.models.ige import InformationGainEvaluator
     from mctd_diffusers.pipeline import MCTDPipeline
     from mctd_diffusers.processes import search_in_processes
     from mctd_diffusers.results import (
@@ -66,6 +68,8 @@ _MODULES = {
     "DraftRefine": "search.strategies.draft_refine",
     "Evolution": "search.strategies.evolution",
     "ImageSearch": "results",
+    "InformationGainEvaluator": "models.ige",
+    "InformationGainEvaluator": "models.ige",
     "JpegCompressibility": "rewards.jpeg",
     "MCTDError": "errors",
     "MCTDPipeline": "pipeline",
@@ -103,6 +107,8 @@ __all__ = [
     "DraftRefine",
     "Evolution",
     "ImageSearch",
+    "InformationGainEvaluator",
+    "InformationGainEvaluator",
     "JpegCompressibility",
     "MCTDError",
     "MCTDPipeline",

@@ -339,7 +339,9 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
             strides (`Sequence[int]`, *optional*, defaults to those of the strategy):
                 Schedule steps that an edge of the tree may cross; the candidates hold 1.
             stride_policy (`str`, *optional*, defaults to that of the strategy):
-                Where the long strides stand, such as `"fine_to_coarse"`.
+                What chooses the strides: the plan of a rollout (`"budget"`), a rule (`"uniform"`,
+                `"fixed:4"`, `"random"`, `"ays"`, `"gits"`, `"x0hat"`), or the pipeline's
+                information gain evaluator (`"ige"`, or `"ige:truncation_error"` and others).
             search_scheduler ([`SchedulerMixin`], *optional*, defaults to the pipeline's own):
                 Scheduler of the search. Without it a pipeline's scheduler that cannot be branched
                 is replaced by DDIM made from its config, with a warning.
