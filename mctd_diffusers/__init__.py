@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     )
     from mctd_diffusers.evaluation.judge import SceneJudge
     from mctd_diffusers.models.ige import InformationGainEvaluator
-    from mctd_diffusers.models.ige import InformationGainEvaluator
     from mctd_diffusers.pipeline import MCTDPipeline
     from mctd_diffusers.processes import search_in_processes
     from mctd_diffusers.results import (
@@ -69,7 +68,6 @@ _MODULES = {
     "Evolution": "search.strategies.evolution",
     "ImageSearch": "results",
     "InformationGainEvaluator": "models.ige",
-    "InformationGainEvaluator": "models.ige",
     "JpegCompressibility": "rewards.jpeg",
     "MCTDError": "errors",
     "MCTDPipeline": "pipeline",
@@ -107,7 +105,6 @@ __all__ = [
     "DraftRefine",
     "Evolution",
     "ImageSearch",
-    "InformationGainEvaluator",
     "InformationGainEvaluator",
     "JpegCompressibility",
     "MCTDError",
