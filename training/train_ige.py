@@ -349,7 +349,7 @@ its truncation error, the variance of the value that it resolves, the similarity
 after it with the finished sample, and the mean gain of the calibrated value.
 
 ```python
-from mctd_diffusers.models.ige import InformationGainEvaluator
+from mctd_diffusers import InformationGainEvaluator
 
 ige = InformationGainEvaluator.from_pretrained("path or repository")
 ```
