@@ -570,6 +570,7 @@ def main(arguments: list[str] | None = None) -> None:
         about = {"command": command, "steps": best.step, "base_model": options.base_model}
         for line in figures_table(report.figures):
             logger.info(line)
+        head.register_to_config(_name_or_path="")  # no path of this machine in what is saved
         head.save_pretrained(output)
         calibration_figure(report.judged, report.transforms).savefig(output / "calibration.png")
         (output / "figures.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", "utf-8")
