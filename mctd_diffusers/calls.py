@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import SchedulerMixin
 from jaxtyping import Float
@@ -24,15 +25,18 @@ from mctd_diffusers.denoising.gains import NO_STRIDE_PARTS, GainHead, StridePart
 from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, Network, Outputs
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import BudgetError, ConfigError
+from mctd_diffusers.models.ige import InformationGainEvaluator
+from mctd_diffusers.models.observations import Observations, observe
+from mctd_diffusers.models.refining import weights_digest
 from mctd_diffusers.results import bytes_of
 from mctd_diffusers.search.budget import REWARD_SPENDS, VALUE_SPENDS, Budget
-from mctd_diffusers.search.environment import FIRST_DRAW, Ledger, Prices
+from mctd_diffusers.search.environment import FIRST_DRAW, Action, Handles, Ledger, Prices
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.runner import Finished, SearchResult, Strategy
 from mctd_diffusers.search.seeding import root_seed_of
 from mctd_diffusers.search.settings import is_number
 from mctd_diffusers.search.strategies import resolve_strategy
-from mctd_diffusers.search.tree import STEP, path_to_root
+from mctd_diffusers.search.tree import STEP, Tree, path_to_root
 
 DEFAULT_COMPUTE = 8
 """Plain samples' worth of NFE for each image, where no budget is named."""
@@ -60,6 +64,7 @@ class SearchOptions:
     include_plain: bool = False
     save_to: str | os.PathLike[str] | None = None
     save_every_s: float = 60.0
+    online_ige: bool = False
 
 
 def configured_strategy(options: SearchOptions) -> Strategy:
@@ -94,6 +99,14 @@ def with_head_or_without(strategy: Strategy, has_head: bool) -> Strategy:
         stacklevel=5,
     )
     return replace(strategy, stride_policy=rule)  # type: ignore[type-var]
+
+
+def digest_of_head(strategy: Strategy, head: InformationGainEvaluator | None) -> str | None:
+    """What tells the head that a strategy asks from others; ``None`` if it asks none."""
+    policy = getattr(strategy, "policy", None)
+    if head is None or policy is None or policy.kind not in ("gits", "ige", "oracle"):
+        return None
+    return weights_digest(head)
 
 
 def stride_parts_of(
@@ -295,6 +308,7 @@ class World:
         with_plain: whether the plain samples are made beside the search, as problems of their own.
         reads_features: whether features of the samples will be asked for.
         strides: what the stride policy of the search asks for.
+        head: digest of the weights of the head that the policy asks; ``None`` if it asks none.
     """
 
     prepared: Prepared
@@ -308,6 +322,12 @@ class World:
     with_plain: bool
     reads_features: bool = False
     strides: StrideParts = NO_STRIDE_PARTS
+    head: str | None = None
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether its environment keeps features of the samples."""
+        return self.reads_features or self.strides.reads_features
 
     @functools.cached_property
     def decoder(self) -> Any:
@@ -328,7 +348,6 @@ class World:
     def environment(self) -> LatentEnvironment:
         """The environment over all of it; the same at every access."""
         times = 2 if self.with_plain else 1
-        reads_features = self.reads_features or self.strides.reads_features
         return LatentEnvironment(
             network=_Folded(self.prepared.network, len(self.prompts)),
             stepper=self.stepper,
@@ -339,7 +358,7 @@ class World:
             first_latents=torch.cat([self.prepared.first_latents] * times),
             rows_per_call=self.rows_per_call,
             prices=self.prices,
-            features=self.prepared.features if reads_features else None,
+            features=self.prepared.features if self.keeps_features else None,
             gain_model=self.strides.gain_model,
         )
 
@@ -362,6 +381,30 @@ class World:
             )
             for i in range(len(latents))
         ]
+
+    def features_of(self, handles: Handles) -> dict[str, npt.NDArray[Any]]:
+        """Features of evaluated, unfinished samples on the host, ``{name: [samples, channels]}``.
+
+        Only where :attr:`keeps_features` is true.
+        """
+        features = self.environment.features(handles)
+        return {name: rows.float().cpu().numpy() for name, rows in features.items()}
+
+    def observe(self, tree: Tree, image: int) -> Observations:
+        """What the search of an image observed of jumps."""
+
+        @functools.cache
+        def is_stochastic(step_index: int, stride: int, eta: float | None) -> bool:
+            return self.stepper.is_stochastic(step_index, Action(stride, eta))
+
+        return observe(
+            tree,
+            log_snr=self.stepper.log_snr.double().numpy(),
+            features=self.features_of,
+            is_stochastic=is_stochastic,
+            prompt=self.prompts[image],
+            scheduler=type(self.scheduler).__name__,
+        )
 
     def measure_prices(self) -> Prices:
         """The price list, from a few calls of each kind."""

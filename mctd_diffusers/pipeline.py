@@ -46,6 +46,7 @@ from mctd_diffusers.calls import (
     check_save_every,
     check_stock,
     configured_strategy,
+    digest_of_head,
     plain_sample_of,
     reward_prompts_of,
     stride_parts_of,
@@ -68,6 +69,7 @@ from mctd_diffusers.hub import (
     repository_of,
 )
 from mctd_diffusers.models.ige import InformationGainEvaluator
+from mctd_diffusers.models.refining import IGEUpdate, Refiner
 from mctd_diffusers.results import (
     Estimate,
     ImageSearch,
@@ -158,6 +160,7 @@ class MCTDPipeline(DiffusionPipeline):
     reward_model: RewardFn | None
     preview_vae: AutoencoderTiny | None
     ige: InformationGainEvaluator | None
+    _refiner: Refiner | None = None
 
     def _set_up_search(
         self,
@@ -572,10 +575,10 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
         saver = None
         if options.save_to is not None:
             saver = CallSaver(options.save_to, options.save_every_s, call, SearchLog())
-        return self._run(call, saver)
+        return self._run(call, saver, refines=options.online_ige)
 
-    def _run(self, call: SearchCall, saver: CallSaver | None) -> Any:
-        """Search a call, saving now and then, and make its output."""
+    def _run(self, call: SearchCall, saver: CallSaver | None, *, refines: bool) -> Any:
+        """Search a call, saving now and then, make its output, and learn from it if asked to."""
         world, stock, options = call.world, call.stock, call.options
         strategy = call.strategy
         if world.with_plain:
@@ -593,6 +596,8 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
             if saver is not None:
                 saver.save_results(results)
             output = self._output(world, stock, options, results)
+            if refines:
+                output.ige_update = self._refine(world, results[: len(world.prompts)])
         except SearchError as error:
             if saver is not None and error.partial:
                 saver.save_results(error.partial)
@@ -608,7 +613,8 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
             return output
         # As the stock tuple begins: images, then what the safety checker says.
         rest = (output.rewards, output.nfe, output.search, output.ledger, output.plain)
-        return (output.images, output.nsfw_content_detected, *rest)
+        learned = (output.ige_update,) if options.online_ige else ()
+        return (output.images, output.nsfw_content_detected, *rest, *learned)
 
     # Saved searches
 
@@ -663,7 +669,9 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
             opened.call.stock["return_dict"] = return_dict
         check_stock(opened.call.stock)
         return self._run(
-            opened.call, CallSaver(folder, save_every_s, opened.call, opened.saved.log)
+            opened.call,
+            CallSaver(folder, save_every_s, opened.call, opened.saved.log),
+            refines=opened.call.options.online_ige and not opened.saved.is_over,
         )
 
     @torch.no_grad()
@@ -700,6 +708,7 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
         """
         saved = load_search(folder, strategy=search)
         stock, options = saved_arguments(saved, self.stock_class.__name__, arguments)
+        self._check_online(options)
         reward = self._reward_of(reward_model)
         self._check_call(stock)
         settings = saved.call["settings"][0]
@@ -718,9 +727,11 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
             settings=saved.call["settings"],
             prices=Prices(),
             with_plain=saved.call["with_plain"],
+            reads_features=options.online_ige,
             strides=stride_parts_of(
                 saved.strategy, stepper, self._head(), settings["rows_per_call"]
             ),
+            head=digest_of_head(saved.strategy, self.ige),
         )
         world = restored_world(saved, world)
         seconds = saved.call["seconds"]
@@ -732,6 +743,7 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
         check_options(options)
         if options.save_to is not None:
             check_unsaved(options.save_to)
+        self._check_online(options)
         head = self._head()
         strategy = with_head_or_without(configured_strategy(options), head is not None)
         check_stock(stock)
@@ -766,7 +778,9 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
             settings=settings,
             prices=Prices(),
             with_plain=options.include_plain and not isinstance(strategy, BestOfN),
+            reads_features=options.online_ige,
             strides=stride_parts_of(strategy, stepper, head, rows_per_call),
+            head=digest_of_head(strategy, self.ige),
         )
         if options.cost_budget is not None:
             world = replace(world, prices=world.measure_prices())
@@ -908,6 +922,50 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
         """The information gain evaluator, if the pipeline has one."""
         head: GainHead | None = getattr(self, "ige", None)
         return head
+
+    @property
+    def ige_refiner(self) -> Refiner:
+        """What refines `ige` by searches with `online_ige=True`, and remembers what they observed.
+
+        A new one for each head. Assign `Refiner(pipe.ige, RefinementSettings(...))` to set how it
+        learns.
+
+        Raises:
+            ConfigError: the pipeline has no head.
+        """
+        if self.ige is None:
+            raise ConfigError(
+                "this pipeline has no information gain evaluator to refine: load it with ige=..."
+            )
+        if self._refiner is None or self._refiner.head is not self.ige:
+            self._refiner = Refiner(self.ige)
+        return self._refiner
+
+    @ige_refiner.setter
+    def ige_refiner(self, refiner: Refiner) -> None:
+        if refiner.head is not self.ige:
+            raise ConfigError("that refiner is of another head: make it of pipe.ige")
+        self._refiner = refiner
+
+    def _check_online(self, options: SearchOptions) -> None:
+        """Refuse to refine a head that is not there, or that the network has not the features of."""
+        if not options.online_ige:
+            return
+        if self.ige is None:
+            raise ConfigError(
+                "online_ige=True refines the pipeline's information gain evaluator, and it has "
+                "none: load it with ige=..., or leave online_ige out"
+            )
+        self._check_ige(self.ige)
+
+    def _refine(self, world: World, results: Sequence[SearchResult]) -> IGEUpdate:
+        """Let the head learn from what searches that have ended observed; later ones ask it."""
+        refiner = self.ige_refiner
+        observed = 0
+        for image, result in enumerate(results):
+            if result.stop_reason not in ("interrupted", "error"):
+                observed += refiner.collect(world.observe(result.tree, image))
+        return refiner.update(observed)
 
     def _scheduler_of(self, given: Any) -> SchedulerMixin:
         """A copy of the scheduler to search with.

@@ -132,6 +132,12 @@ def search_in_processes(
     taken = sorted({"prompt", "generator", "output_type", "return_dict"} & set(call))
     if taken:
         raise ConfigError(f"{', '.join(taken)} are set by search_in_processes: leave them out")
+    if call.get("online_ige"):
+        raise ConfigError(
+            "online_ige refines the head of one process, and there may be several here, whose "
+            "heads would part: call the pipeline, or save searches and refine by `mctd train-ige "
+            "--from-searches`"
+        )
     if call.get("save_to") is not None:
         raise ConfigError(
             "save_to saves the search of one call, and there are several here: use `mctd generate "

@@ -26,6 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mctd_diffusers.errors import ConfigError, SearchError
+from mctd_diffusers.models.refining import IGEUpdate
 from mctd_diffusers.search.environment import Counts, Ledger, Prices
 from mctd_diffusers.search.runner import Finished, SearchResult
 from mctd_diffusers.search.sampling import sample_from_tree
@@ -342,6 +343,8 @@ class MCTDPipelineOutput(BaseOutput):
         ledger: what the whole call spent; ``None`` without a search.
         nsfw_content_detected: what the safety checker says of each image, ``None`` without one.
         plain: the plain samples, where ``include_plain`` asked for them.
+        ige_update: what the pipeline's information gain evaluator learned, where ``online_ige``
+            asked for it.
     """
 
     images: Any
@@ -351,6 +354,7 @@ class MCTDPipelineOutput(BaseOutput):
     ledger: Ledger | None = None
     nsfw_content_detected: list[bool] | None = None
     plain: PlainSamples | None = None
+    ige_update: IGEUpdate | None = None
 
     def save(self, path: str | Path) -> list[Path]:
         """Write the images as PNG files that carry their recipes.

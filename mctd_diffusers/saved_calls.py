@@ -21,7 +21,7 @@ from mctd_diffusers.calls import SearchCall, SearchOptions, World
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.results import UNHELD_ARGUMENTS
 from mctd_diffusers.search.budget import StopReason
-from mctd_diffusers.search.environment import Prices
+from mctd_diffusers.search.environment import Handles, Prices
 from mctd_diffusers.search.log import SearchLog
 from mctd_diffusers.search.runner import SearchResult
 from mctd_diffusers.search.saving import SavedSearch, has_saved_search, save_search
@@ -29,7 +29,10 @@ from mctd_diffusers.search.saving import SavedSearch, has_saved_search, save_sea
 logger = logging.getLogger(__name__)
 
 _STOCK: Final = ("prompt", "negative_prompt", "num_images_per_prompt", "output_type", "return_dict")
-_OPTIONS: Final = ("compute", "nfe_budget", "cost_budget", "time_budget_s", "include_plain")
+_OPTIONS: Final = (
+    *("compute", "nfe_budget", "cost_budget", "time_budget_s", "include_plain"),
+    "online_ige",
+)
 _SHARE: Final = 0.1  # of the time may go into saving
 _SAME: Final = 0.02  # relative difference up to which two answers may be of one model
 
@@ -75,6 +78,8 @@ class CallSaver:
             "prices": asdict(world.prices),
             "with_plain": world.with_plain,
             "settings": world.settings,
+            "log_snr": world.stepper.log_snr.tolist(),
+            "head": world.head,
         }
         self._next = time.monotonic() + every_s
 
@@ -119,9 +124,22 @@ class CallSaver:
         )
 
     def _write_samples(self, path: Path) -> None:
-        samples = self._call.world.environment.export(self.log.live_handles())
-        first = self._call.world.prepared.first_latents.cpu()
-        torch.save({"first_latents": first, "samples": samples}, path)
+        world, handles = self._call.world, self.log.live_handles()
+        samples = world.environment.export(handles)
+        kept = {"first_latents": world.prepared.first_latents.cpu(), "samples": samples}
+        if world.keeps_features:
+            kept["features"] = _features_of(world, handles, samples)
+        torch.save(kept, path)
+
+
+def _features_of(
+    world: World, handles: Handles, samples: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Features of those that are evaluated, and their handles."""
+    seen = handles[[sample["conditional"] is not None for sample in samples]]
+    features = world.features_of(seen) if len(seen) else {}
+    rows = {name: torch.from_numpy(rows) for name, rows in features.items()}
+    return {"handles": seen.tolist(), "rows": rows}
 
 
 def check_unsaved(folder: str | os.PathLike[str]) -> None:
@@ -199,6 +217,11 @@ def restored_world(saved: SavedSearch, world: World) -> World:
         settings=call["settings"],
     )
     _check_answers(world, kept["samples"])
+    if call.get("head", world.head) != world.head:
+        logger.warning(
+            "the information gain evaluator is not the one that the search began with, so it will "
+            "not go on as if it had never stopped: load that one"
+        )
     log = saved.log
     world.environment.restore(kept["samples"], log.live_handles(), num_handles=log.num_handles)
     world.environment.ledger.seconds.update(call["seconds_by_phase"])

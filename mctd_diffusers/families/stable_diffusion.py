@@ -260,6 +260,7 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
         include_plain: bool = False,
         save_to: str | os.PathLike[str] | None = None,
         save_every_s: float = 60.0,
+        online_ige: bool = False,
         **kwargs: Any,
     ) -> MCTDPipelineOutput | tuple[Any, ...]:
         r"""The call function to the pipeline for generation.
@@ -359,6 +360,11 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
             save_every_s (`float`, *optional*, defaults to 60):
                 Seconds between two saves, at least; saving takes a tenth of the time at most. 0
                 saves after every wave.
+            online_ige (`bool`, *optional*, defaults to `False`):
+                Whether the pipeline's information gain evaluator learns from what this search
+                observes, once it has ended: this search asks it as it was, later ones as it is
+                then. What is predicted worse after an update than before, of images that are never
+                learned from, undoes it. `save_pretrained` and `push_to_hub` write it as it is.
             kwargs (*optional*):
                 `callback` and `callback_steps`, deprecated, as in the stock pipeline.
 
@@ -436,6 +442,7 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
             include_plain=include_plain,
             save_to=save_to,
             save_every_s=save_every_s,
+            online_ige=online_ige,
         )
         if search is None:
             return self._plain_call(stock, options)

@@ -9,6 +9,7 @@ predicted worse after an update than before, the update is undone.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -78,7 +79,7 @@ class IGEUpdate(NamedTuple):
     """What a pipeline's head learned from a call with ``online_ige=True``.
 
     Attributes:
-        observed: groups of siblings that the call's searches observed.
+        observed: groups of siblings that the call's searches observed, and none before.
         training: groups that are learned from, of all calls.
         validation: groups that are validated on, of all calls.
         loss_before: of the head on the latter, in nats a group, up to a constant; ``None`` if there
@@ -185,21 +186,24 @@ class Refiner:
         self._seen: set[bytes] = set()
         self._updates = 0
 
-    def collect(self, observations: Observations) -> None:
+    def collect(self, observations: Observations) -> int:
         """Remember what the search of one image observed; what is known already counts once.
 
         Groups at noise levels that the head does not know are left out, and where a feature is not
         finite.
 
+        Returns:
+            Groups that are new.
+
         Raises:
             ConfigError: the features are of another model.
         """
         if not len(observations):
-            return
+            return 0
         check_observations(self.head, observations)
         digest = digest_of(observations)
         if digest in self._seen:
-            return
+            return 0
         self._seen.add(digest)
         known = observations.take(is_known(self.head, observations))
         if not is_validated_on(int(observations.image[0]), self.settings.validation_share):
@@ -208,13 +212,14 @@ class Refiner:
         elif len(self.validation) < self.settings.validation_size:
             grown = joined([self.validation, known])
             self.validation = grown.take(slice(self.settings.validation_size))
+        return len(observations)
 
     @torch.inference_mode(False)
-    def update(self, observed: int = 0) -> IGEUpdate:
+    def update(self, observed: int) -> IGEUpdate:
         """Take a few steps on what is remembered, and keep them if validation does not suffer.
 
         Args:
-            observed: groups that were observed since the last time, for the answer.
+            observed: groups that are new since the last time; without any nothing is learned.
         """
         report = IGEUpdate(observed, len(self.training), len(self.validation))
         if not observed or min(report.training, report.validation) < self.settings.least:
@@ -282,6 +287,14 @@ def calibration_of(head: InformationGainEvaluator) -> Calibration | None:
     """By which a head takes values; ``None`` takes them as they are."""
     curves = head.config["calibration"]
     return Calibration.from_dict(curves) if curves else None
+
+
+def weights_digest(head: torch.nn.Module) -> str:
+    """What tells the weights of a network from others."""
+    found = hashlib.sha256()
+    for weight in head.state_dict().values():
+        found.update(weight.detach().cpu().double().numpy().tobytes())
+    return found.hexdigest()
 
 
 def is_validated_on(image: int, share: float) -> bool:
