@@ -233,6 +233,33 @@ def test_bench_on_mixtures_needs_no_model(
     assert len(list(tmp_path.rglob("cells/*/*.json"))) == 3
 
 
+def test_bench_compares_stride_policies_in_trees_and_in_plain_samples(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a cup\na car\n")
+    common = [
+        "bench", "--model", model, "--prompts", tmp_path / "prompts.txt", "--rows-per-call", 2,
+        "--gold", "brightness", "--out", tmp_path / "out",
+    ]  # fmt: skip
+    policies = ["--stride-policies", "budget,fixed:2,random"]
+    status, _, err = run(
+        capsys, *common, *policies, "--strategies", "mctd,beam", "--budgets", "3x", "--steps", 8,
+        "--against", "mctd:stride_policy=fixed:2",
+    )  # fmt: skip
+    assert status == 0, err
+    labels = {path.name for path in (tmp_path / "out/cells").iterdir()}
+    assert len(labels) == 6  # plain, the reference, three policies of mctd, and beam once
+    assert (
+        "All others against mctd:stride_policy=fixed:2" in (tmp_path / "out/report.md").read_text()
+    )
+    status, said, err = run(
+        capsys, *common, "--evaluations", "3,4", "--stride-policies", "uniform,ays", "--steps", 8
+    )
+    assert status == 0, err
+    assert said.count("| ays |") == 2
+    assert (tmp_path / "out/plain_strides.csv").is_file()
+
+
 def test_evaluate_model_prints_the_report(
     capsys: pytest.CaptureFixture[str],
     box: Path,
@@ -492,6 +519,15 @@ def test_an_argument_that_cannot_be_read_exits_with_two(
         (["--strategies", "none,mctd"], "leave 'none' out"),
         (["--strategies", "beam:width=0"], "width is 0"),
         (["--suite", "mixtures"], "--suite is 'mixtures'"),
+        (["--strategies", "mctd:stride_policy=fixed:0"], "stride_policy is 'fixed:0'"),
+        (["--stride-policies", "even", "--strategies", "mctd"], "stride_policy is 'even'"),
+        (["--evaluations", "8"], "--stride-policies uniform,ays,gits,ige"),
+        (["--evaluations", "16", "--stride-policies", "ays"], "from 1 to 15"),
+        (["--evaluations", "0", "--stride-policies", "ays"], "at least 1"),
+        (
+            ["--against", "beam", "--strategies", "mctd"],
+            "the strategies are plain, best_of_n, mctd",
+        ),
         (["--suite", "mixture", "--model", "some/where"], "give one"),
     ],
 )

@@ -82,6 +82,10 @@ def bench(
             "and no search."
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Strategies of the comparison that all others are tested against."),
+    ] = None,
     ige: Ige = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use so many prompts only; the kinds take turns.")
@@ -150,6 +154,7 @@ def bench(
         )
         if gold == "judge" and plan.suite != _MIXTURE:
             check_judge_reads(plan.prompts)
+        rivals = _rivals(plan, against)
         for sentence in plan.left_out():
             say(f"left out is {sentence}")
         if report_only:
@@ -165,7 +170,7 @@ def bench(
                 scheduler=scheduler,
                 device=device,
             )
-        _report(plan, cells, out)
+        _report(plan, cells, out, rivals)
 
 
 def _read_plan(
@@ -372,12 +377,28 @@ def _loaded(
     return pipe, judge
 
 
-def _report(plan: BenchPlan, cells: Sequence[Cell], out: Path) -> None:
+def _rivals(plan: BenchPlan, text: str | None) -> list[str]:
+    """Labels of methods of the plan.
+
+    Raises:
+        ConfigError: the plan has no method of that label.
+    """
+    labels = [method.label for method in plan.methods]
+    named = _names(text)
+    for label in named:
+        if label not in labels:
+            raise ConfigError(
+                f"--against {label!r} is not compared; the strategies are {', '.join(labels)}"
+            )
+    return named
+
+
+def _report(plan: BenchPlan, cells: Sequence[Cell], out: Path, rivals: Sequence[str]) -> None:
     """Write what the cells say, and say it."""
     from mctd_diffusers.evaluation.benchmark.claims import claims
     from mctd_diffusers.evaluation.benchmark.report import results_of, write_report
 
-    table, report, curves = write_report(plan, cells, out)
+    table, report, curves = write_report(plan, cells, out, rivals=rivals)
     for claim in claims(results_of(plan, cells)):
         said = {True: "holds", False: "does not hold", None: "open"}[claim.holds]
         typer.echo(f"{said}: {claim.sentence}")

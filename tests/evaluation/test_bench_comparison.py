@@ -27,6 +27,7 @@ from mctd_diffusers.evaluation.benchmark.comparison import (
     mixed,
     nfe_to_match,
     over_seeds,
+    share_to_match,
     to_reach,
 )
 from mctd_diffusers.evaluation.benchmark.curves import curves_figure
@@ -289,6 +290,21 @@ def test_claims_say_what_holds_in_one_sentence_each(results: Results) -> None:
     assert "z of" not in said
     above = against(results, "best_of_n")
     assert [contest.rival for contest in above] == ["best_of_n"] * 3
+
+
+def test_others_are_tested_against_a_method_that_is_named(results: Results, tmp_path: Path) -> None:
+    # Gold grows by 0.06 for mctd and by 0.03 for beam with each doubling from the plain sample.
+    assert share_to_match(results, "mctd", "beam", "8x") == pytest.approx(2**-1.5, rel=0.05)
+    assert share_to_match(results, "beam", "mctd", "8x") is None
+    assert share_to_match(results, "beam", "smc", "8x") is None
+    _, report, _ = write_report(PLAN, make_cells(), tmp_path, rivals=["beam"])
+    section = report.read_text().split("## All others against beam at equal NFE")[1]
+    rows = [line for line in section.splitlines() if line.startswith("| mctd")][:3]
+    assert [row.split("|")[2].strip() for row in rows] == ["2x", "4x", "8x"]
+    gain = rows[2].split("|")[3]
+    assert float(gain.split()[0]) == pytest.approx(0.09, abs=0.005)
+    behind = [line for line in section.splitlines() if line.startswith("| best_of_n")][:3]
+    assert behind[2].split("|")[6].strip() == "out of reach"
 
 
 def test_too_few_budgets_leave_a_claim_open() -> None:

@@ -326,11 +326,11 @@ def against_best_rival_at_cost(results: Results) -> list[Contest]:
     return contests(pairs, results.margin)
 
 
-def against(results: Results, rival: str) -> list[Contest]:
-    """The candidate against one rival at each budget, at equal NFE."""
+def against(results: Results, rival: str, candidate: str = CANDIDATE) -> list[Contest]:
+    """The candidate, or another method, against one rival at each budget, at equal NFE."""
     pairs = []
     for budget in results.budgets:
-        ours, theirs = results.at(CANDIDATE, budget), results.at(rival, budget)
+        ours, theirs = results.at(candidate, budget), results.at(rival, budget)
         if ours is not None and theirs is not None:
             pairs.append((budget, rival, difference(ours.gold, theirs.gold)))
     return contests(pairs, results.margin)
@@ -400,6 +400,20 @@ def nfe_to_match(results: Results) -> Match | None:
     )
     low, high = (None if end == np.inf else float(end) for end in ends)
     return Match(to_reach(sizes, levels, target), low, high, largest.nfe)
+
+
+def share_to_match(results: Results, method: str, rival: str, budget: str) -> float | None:
+    """Share of a rival's NFE at which a method's curve first has the rival's mean gold.
+
+    Returns:
+        ``None`` where it is not reached, or one of the two has no curve.
+    """
+    curve, theirs = results.curve(method), results.at(rival, budget)
+    if len(curve) < 2 or theirs is None:
+        return None
+    *levels, target = (float(each.mean()) for each in _shared_gold([*curve, theirs]))
+    nfe = to_reach([group.nfe for group in curve], levels, target)
+    return None if nfe is None else nfe / theirs.nfe
 
 
 def cost_to_match(results: Results) -> dict[str, tuple[str, float | None]]:

@@ -21,12 +21,14 @@ from mctd_diffusers.evaluation.benchmark.comparison import (
     CANDIDATE,
     Group,
     Results,
+    against,
     against_best_rival,
     against_best_rival_at_cost,
     difference,
     gold_per_proxy,
     interval,
     over_seeds,
+    share_to_match,
 )
 from mctd_diffusers.evaluation.benchmark.plan import PLAIN, REFERENCE, BenchPlan
 from mctd_diffusers.evaluation.benchmark.pricing import PRICES, ROWS_OF_NFE, cost_of
@@ -47,13 +49,16 @@ of Stable Diffusion 1.5, ``measured_cost`` by the prices measured in the run.
 """
 
 
-def write_report(plan: BenchPlan, cells: Sequence[Cell], output: Path) -> list[Path]:
+def write_report(
+    plan: BenchPlan, cells: Sequence[Cell], output: Path, *, rivals: Sequence[str] = ()
+) -> list[Path]:
     """Write ``results.csv``, ``report.md`` and ``curves.png``.
 
     Args:
         plan: what is compared.
         cells: those of the plan that are there.
         output: the folder, which exists.
+        rivals: labels of methods that all others are tested against, one by one.
 
     Returns:
         The files.
@@ -66,7 +71,7 @@ def write_report(plan: BenchPlan, cells: Sequence[Cell], output: Path) -> list[P
     results = results_of(plan, cells)
     paths = [output / name for name in ("results.csv", "report.md", "curves.png")]
     write_atomically(paths[0], as_csv(cells))
-    write_atomically(paths[1], markdown(plan, cells, results))
+    write_atomically(paths[1], markdown(plan, cells, results, rivals))
     figure = curves_figure(results)
     draft = paths[2].with_suffix(".part.png")
     figure.savefig(draft)
@@ -119,7 +124,9 @@ def _csv_rows(cell: Cell) -> Iterator[list[Any]]:
         ]  # fmt: skip
 
 
-def markdown(plan: BenchPlan, cells: Sequence[Cell], results: Results) -> str:
+def markdown(
+    plan: BenchPlan, cells: Sequence[Cell], results: Results, rivals: Sequence[str] = ()
+) -> str:
     """The report: claims first, then the tables."""
     sections: list[tuple[str, list[str]]] = [
         ("What the search shows", _claims(results)),
@@ -131,6 +138,7 @@ def markdown(plan: BenchPlan, cells: Sequence[Cell], results: Results) -> str:
             f"Gold of {CANDIDATE} above each rival at the cost of {CANDIDATE}",
             _candidate_gains_at_cost(results),
         ),
+        *((f"All others against {rival} at equal NFE", _duels(results, rival)) for rival in rivals),
         ("Every fact right, %", _by_budget(results, _all_right)),
         ("Proxy, the reward that was searched", _proxies(results)),
         (
@@ -284,6 +292,33 @@ def _contests(results: Results) -> list[str]:
         "The best rival is the one with the highest mean gold on these prompts. *p (margin)* is "
         f"against being below it by {results.margin:.4f} or more, *p (above)* against not being "
         "above it; both are one-sided, from the bootstrap, and Holm-adjusted over the budgets."
+    )
+    return [*aligned(heads, rows), "", note] if rows else []
+
+
+def _duels(results: Results, rival: str) -> list[str]:
+    """Every other method against one, budget by budget, and the NFE to match its gold."""
+    rows = []
+    for method in results.methods:
+        if method == rival:
+            continue
+        for contest in against(results, rival, method):
+            matched = share_to_match(results, method, rival, contest.budget)
+            rows.append(
+                [
+                    results.name(method),
+                    contest.budget,
+                    _mean(contest.gain, sign="+"),
+                    f"{contest.p_margin:.4f}",
+                    f"{contest.p_above:.4f}",
+                    "out of reach" if matched is None else f"{matched:.2f}",
+                ]
+            )
+    heads = ["method", "budget", "gold above it", "p (margin)", "p (above)", "NFE to match"]
+    note = (
+        f"*p (margin)* is against being below by {results.margin:.4f} or more, *p (above)* against "
+        "not being above; both are Holm-adjusted over the budgets of a method. *NFE to match* is "
+        f"the share of the NFE of {rival} at which the method's curve first has its mean gold."
     )
     return [*aligned(heads, rows), "", note] if rows else []
 
