@@ -44,6 +44,7 @@ from mctd_diffusers.commands.common import (
 from mctd_diffusers.commands.diagnose import diagnose
 from mctd_diffusers.commands.drawing import about, budget_in_words, draw, prices_of
 from mctd_diffusers.commands.generate import generate
+from mctd_diffusers.commands.log_searches import log_searches
 from mctd_diffusers.commands.log_trajectories import log_trajectories, relabel
 from mctd_diffusers.commands.train_ige import train_ige
 from mctd_diffusers.errors import ConfigError, MCTDError, SearchError
@@ -355,6 +356,7 @@ def demo(
 app.command()(bench)
 app.command()(diagnose)
 app.command("log-trajectories")(log_trajectories)
+app.command("log-searches")(log_searches)
 app.command("train-ige", context_settings={"ignore_unknown_options": True})(train_ige)
 app.command()(relabel)
 

@@ -948,7 +948,7 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
         self._refiner = refiner
 
     def _check_online(self, options: SearchOptions) -> None:
-        """Refuse to refine a head that is not there, or that the network has not the features of."""
+        """Refuse to refine a head that is not there, or that reads what the network has not."""
         if not options.online_ige:
             return
         if self.ige is None:

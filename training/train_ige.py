@@ -11,10 +11,15 @@ prompts. A share of the states shows no features, from which the head learns the
 About two minutes for a thousand trajectories on one CPU core. The output folder is what
 `InformationGainEvaluator.from_pretrained` loads; its card has the figures, also of grids and
 schedulers that are not in the training split, if the log has such splits.
+
+A head is refined on what saved searches observed, without a log and without the denoiser::
+
+    python training/train_ige.py --from_searches runs/searches --init_from runs/ige --output runs/b
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -29,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
@@ -51,6 +56,14 @@ from mctd_diffusers.hub import card_text
 from mctd_diffusers.models.calibration import Calibration
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.models.losses import JumpWeights, jump_loss
+from mctd_diffusers.models.refining import (
+    Learner,
+    RefinementSettings,
+    check_observations,
+    is_known,
+    is_validated_on,
+    validation_loss,
+)
 from mctd_diffusers.trajectories.dataset import Log, LogSplit, read_jump_table, read_log
 from mctd_diffusers.trajectories.examples import (
     Examples,
@@ -60,6 +73,7 @@ from mctd_diffusers.trajectories.examples import (
     targets_of,
 )
 from mctd_diffusers.trajectories.jumps import JumpRows, free_jumps, groups_of, strides_of
+from mctd_diffusers.trajectories.searches import read_searches
 from mctd_diffusers.trajectories.targets import fit_calibration
 
 logger = logging.getLogger("train_ige")
@@ -78,6 +92,10 @@ class Options:
         default=0.1, metadata={"help": "share of its prompts that decides when to stop"}
     )
     init_from: str = field(default="", metadata={"help": "a head to begin with"})
+    from_searches: str = field(
+        default="",
+        metadata={"help": "saved searches, or their dataset, to refine it on in place of a log"},
+    )
     base_model: str = field(default="", metadata={"help": "the model's repository, for the card"})
     embedding_size: int = field(default=32, metadata={"help": "size of each block's projection"})
     hidden_size: int = field(default=128, metadata={"help": "width of the trunk"})
@@ -373,6 +391,95 @@ No prompt of train is in another split.
     )
 
 
+def refine_on_searches(options: Options, command: str) -> None:
+    """Refines a head on what saved searches observed; what is not better is not kept.
+
+    Raises:
+        ConfigError: no head is named, or it is of another model; or too little was observed.
+    """
+    if not options.init_from:
+        raise ConfigError(
+            f"from_searches={options.from_searches!r} refines a head: name it with --init_from"
+        )
+    data = read_searches(options.from_searches)
+    head = InformationGainEvaluator.from_pretrained(options.init_from)
+    head.check_family(data.family)
+    check_observations(head, data.observations)
+    settings = RefinementSettings(
+        batch_size=options.group_size * options.train_batch_size,
+        learning_rate=options.learning_rate,
+        validation_share=options.validation_share,
+        typical_share=options.typical_share,
+        seed=options.seed,
+    )
+    seen = data.observations.take(is_known(head, data.observations))
+    held_out = np.array(
+        [is_validated_on(image, settings.validation_share) for image in seen.image.tolist()], bool
+    )
+    train, validation = seen.take(~held_out), seen.take(held_out)
+    if not len(train) or not len(validation):
+        raise ConfigError(
+            f"{len(np.unique(seen.image))} images leave {len(train)} groups of siblings to learn "
+            f"from and {len(validation)} to validate on: save more searches, or set another "
+            f"validation_share than {settings.validation_share}"
+        )
+    learner = Learner(head, copy.deepcopy(head).requires_grad_(False), settings)
+    rng = np.random.default_rng(options.seed)
+    losses = {0: validation_loss(head, validation, settings)}
+    best, best_step = head, 0
+    for step in tqdm(range(1, options.max_train_steps + 1), desc="ige", mininterval=10):
+        learner.step(train, rng)
+        if step % options.validation_steps == 0 or step == options.max_train_steps:
+            losses[step] = validation_loss(learner.head, validation, settings)
+            logger.info("step %d: validation loss %.4f", step, losses[step])
+            if losses[step] < losses[best_step]:
+                best, best_step = copy.deepcopy(learner.head), step
+            elif sum(one > best_step for one in losses) >= options.patience:
+                break
+    best.save_pretrained(options.output)
+    counts = {"learned from": train, "validated on": validation}
+    rows = "\n".join(
+        f"| {name} | {len(np.unique(part.image))} | {len(np.unique(part.prompt))} | {len(part)} |"
+        for name, part in counts.items()
+    )
+    card = card_text(
+        {
+            "library_name": "diffusers",
+            "base_model": options.base_model or None,
+            "tags": ["diffusers", "mctd-diffusers", "information-gain-evaluator"],
+        },
+        f"""# Information gain evaluator for {data.family}, refined on searches
+
+The head `{Path(options.init_from).name}`, refined for {best_step} steps on what searches observed:
+values of several children of one state. Truncation errors and similarities, which no search
+observes, are held where they were.
+
+```bash
+{command}
+```
+
+| | images | prompts | groups of siblings |
+| --- | --- | --- | --- |
+{rows}
+
+Negative log likelihood on the images that were not learned from, in nats a group and up to a
+constant: {losses[0]:.4f} before, {losses[best_step]:.4f} after.
+""",
+    )
+    (Path(options.output) / "README.md").write_text(card, "utf-8")
+    logger.info("saved %s, of step %d (0: nothing was better)", options.output, best_step)
+    if options.push_to_hub:
+        push(options)
+
+
+def push(options: Options) -> None:
+    """Pushes the saved head with its card."""
+    name = options.hub_model_id or Path(options.output).resolve().name
+    saved = InformationGainEvaluator.from_pretrained(options.output)
+    commit = saved.push_to_hub(name, private=options.hub_private or None)
+    logger.info("pushed to %s", commit)
+
+
 class Best:
     """The head that validated best, kept in a folder, so that a resumed run knows it.
 
@@ -418,6 +525,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["accelerate", "launch", "training/train_ige.py", *given])
     output = Path(options.output)
+    if options.from_searches:
+        if PartialState().is_main_process:  # a matter of a minute
+            refine_on_searches(options, command)
+        return
 
     # Seed and accelerator.
     if options.num_threads:
@@ -577,10 +688,7 @@ def main(arguments: list[str] | None = None) -> None:
         (output / "README.md").write_text(make_card(head, examples, report, about), "utf-8")
         logger.info("saved %s, of step %d", output, best.step)
         if options.push_to_hub:
-            name = options.hub_model_id or output.resolve().name
-            saved = InformationGainEvaluator.from_pretrained(output)  # with its card beside it
-            commit = saved.push_to_hub(name, private=options.hub_private or None)
-            logger.info("pushed to %s", commit)
+            push(options)
     accelerator.end_training()
 
 

@@ -1,4 +1,8 @@
-"""``mctd train-ige``: launches the training of an information gain evaluator on a log."""
+"""``mctd train-ige``: launches the training of an information gain evaluator.
+
+On a log of trajectories; or, of one that there is, on what saved searches observed, which ``mctd
+log-searches`` writes as a dataset.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +19,50 @@ from mctd_diffusers.errors import ConfigError
 
 
 def train_ige(
-    log: Annotated[Path, typer.Argument(help="Folder that `mctd log-trajectories` wrote.")],
+    log: Annotated[
+        Path | None, typer.Argument(help="Folder that `mctd log-trajectories` wrote.")
+    ] = None,
     options: Annotated[
         list[str] | None, typer.Argument(help="Further options, passed on to the script.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the head and its card.")] = Path(
         "outputs/ige"
     ),
+    from_searches: Annotated[
+        Path | None,
+        typer.Option(
+            help="Saved searches, or their dataset, to refine a head on in place of a log."
+        ),
+    ] = None,
+    init_from: Annotated[
+        str | None, typer.Option(help="Folder or repository of a head to begin with.")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes to train in.")] = 1,
     push_to_hub: Annotated[
         str | None, typer.Option(help="Repository of the Hub to push the head to at the end.")
     ] = None,
 ) -> None:
-    """Train an information gain evaluator on logged trajectories.
+    """Train an information gain evaluator on logged trajectories, or refine it on saved searches.
 
-    Options of training/train_ige.py are passed on to it, such as --max_train_steps 3000,
-    --base_model user/model or --resume_from_checkpoint latest.
+    Searches are of use where they were saved with features: by calls with online_ige=True or
+    stride_policy="ige". Options of training/train_ige.py are passed on to it, such as
+    --max_train_steps 3000, --base_model user/model or --resume_from_checkpoint latest.
     """
-    arguments = ["--log", str(log), "--output", str(output), *(options or [])]
+    further = list(options or [])
+    if from_searches is not None and str(log or "").startswith("--"):
+        further.insert(0, str(log))  # the first of the script's options, where no log is named
+        log = None
+    if (log is None) == (from_searches is None):
+        raise ConfigError(
+            "train on a log, which is named first, or refine a head by --from-searches: give one "
+            "of them"
+        )
+    if from_searches is not None and init_from is None:
+        raise ConfigError("--from-searches refines a head: name it with --init-from")
+    arguments = ["--log", str(log)] if log else ["--from_searches", str(from_searches)]
+    arguments += ["--output", str(output), *further]
+    if init_from is not None:
+        arguments += ["--init_from", init_from]
     if push_to_hub is not None:
         arguments += ["--push_to_hub", "true", "--hub_model_id", push_to_hub]
     status = launch_script("train_ige", arguments, processes=processes)
