@@ -60,7 +60,7 @@ class RefinementSettings:
     buffer_size: int = 4096
     validation_size: int = 512
     validation_share: float = 0.2
-    least: int = 32
+    least: int = 16
     typical_share: float = 0.15
     held_jumps: int = 3
     weights: JumpWeights = _WEIGHTS

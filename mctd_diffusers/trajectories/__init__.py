@@ -6,4 +6,5 @@
 - `logging`: writes a log, and says beforehand what it will take.
 - `relabelling`: the same log under another reward, without a call of the denoiser.
 - `card`: its README.
+- `searches`: what saved searches observed of jumps, as data to learn from too.
 """
