@@ -444,7 +444,7 @@ def test_a_broken_model_folder_is_said_in_one_sentence(
     shutil.rmtree(broken / "tokenizer")
     assert "lacks tokenizer" in fails(capsys, *arguments)
     (broken / "model_index.json").write_text("{")
-    assert "no pipeline could be read" in fails(capsys, *arguments)
+    assert "could not load the pipeline of" in fails(capsys, *arguments)
 
 
 def test_an_output_that_is_no_folder_is_refused(

@@ -159,7 +159,7 @@ def test_time_that_is_up_is_kept_within_one_wave(strategy: Strategy, seconds: in
     results = run_search(
         strategy,
         environment,
-        problems_of(environment, budget),
+        problems_of(environment, budget, strategy=strategy),
         seconds=seconds,
         clock=Clock(),  # a second passes with each wave
         on_wave=lambda wave: waves.append(sum(wave.nfe)),

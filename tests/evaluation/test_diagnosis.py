@@ -104,7 +104,8 @@ def scene_of(
 
 
 def searched(strategy: Strategy, environment: MixtureEnvironment, nfe: int = 100) -> SearchResult:
-    (result,) = run_search(strategy, environment, problems_of(environment, Budget(nfe), [1]))
+    problems = problems_of(environment, Budget(nfe), [1], strategy=strategy)
+    (result,) = run_search(strategy, environment, problems)
     return result
 
 

@@ -399,7 +399,7 @@ def test_a_scheduler_that_is_named_is_used_or_refused(pipe: MCTDPipeline) -> Non
         ({"time_budget_s": 0}, "time_budget_s=0"),
         ({"rows_per_call": 0}, "rows_per_call=0"),
         ({"wave_size": 0, "search": "best_of_n"}, "wave_size"),
-        ({"strides": (1, 2), "search": "best_of_n"}, "strides is no setting"),
+        ({"strides": (1, 2), "search": "beam"}, "strides is no setting"),
         ({"height": 13, "width": 16}, "13 and 16"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
