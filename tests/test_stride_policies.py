@@ -186,12 +186,12 @@ def chosen_by(gains: Gains, *, target: Target, tolerance: float) -> StrideChoice
     costs = tuple(
         tuple(float(k**2) if start + k <= 8 else math.inf for k in strides) for start in range(8)
     )
+    fit = admissible_strides(strides, 8, 3)
     return choose_by_gains(
-        gains,
+        Gains(*(row[[strides.index(stride) for stride in fit]] for row in gains)),
         cost_to_go(costs, strides, 8),
         target=target,
-        strides=strides,
-        admissible=admissible_strides(strides, 8, 3),
+        strides=fit,
         step_index=0,
         edges=3,
         error_tolerance=tolerance,

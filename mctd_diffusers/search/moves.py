@@ -256,6 +256,13 @@ def denoise(problem: Problem, nodes: Sequence[int]) -> Asks:
     yield Denoise(problem.tree.handle[nodes])
 
 
+def denoise_missing(problem: Problem, nodes: Sequence[int]) -> Asks:
+    """Evaluate those of ``nodes`` that are not evaluated yet; asks nothing if all are."""
+    missing = [node for node in nodes if not problem.tree.evaluated[node]]
+    if missing:
+        yield from denoise(problem, missing)
+
+
 def value(problem: Problem, nodes: Sequence[int], *, guidance: float | None = None) -> Asks:
     """Value evaluated nodes by their denoised estimates; returns the values.
 
@@ -304,9 +311,7 @@ def finish_plainly(problem: Problem, nodes: Sequence[int]) -> Asks:
     nodes = list(nodes)
     left = problem.num_steps - int(tree.step_index[nodes[0]])
     while True:
-        todo = [node for node in nodes if not tree.evaluated[node]]
-        if todo:
-            yield from denoise(problem, todo)
+        yield from denoise_missing(problem, nodes)
         stride = 1
         if not problem.account.affords(
             problem.account.price(nfe=(left - 1) * len(nodes), rewards=len(nodes))
@@ -344,9 +349,7 @@ def finish(
     """
     nodes = list(nodes)
     for stride, eta in zip(strides, etas or [None] * len(strides), strict=True):
-        todo = [node for node in nodes if not problem.tree.evaluated[node]]
-        if todo:
-            yield from denoise(problem, todo)
+        yield from denoise_missing(problem, nodes)
         nodes = yield from step(problem, nodes, stride=stride, eta=eta, guidance=guidance)
     yield from reward(problem, nodes)
     return nodes
@@ -372,9 +375,7 @@ def finish_by_policy(
     """
     nodes = list(nodes)
     for left in range(edges, 0, -1):
-        todo = [node for node in nodes if not problem.tree.evaluated[node]]
-        if todo:
-            yield from denoise(problem, todo)
+        yield from denoise_missing(problem, nodes)
         choices = yield from choose_strides(
             problem,
             nodes,
@@ -425,23 +426,28 @@ def choose_strides(
         if len(options) == 1
     }
     to_go = None if costs is None else cost_to_go(costs, strides, problem.num_steps)
-    judged = [place for place in range(len(nodes)) if place not in choices]
-    if policy.target is not None and judged and to_go is not None:
-        asked = tuple(sorted({stride for place in judged for stride in fits[place]}))
-        gains: Gains = yield from predict_gain(problem, [nodes[i] for i in judged], asked)
-        for place, *rows in zip(judged, *gains, strict=True):
-            choice = choose_by_gains(
-                Gains(*rows),
-                to_go,
-                target=policy.target,
-                strides=asked,
-                admissible=fits[place],
-                step_index=stands[place],
-                edges=edges,
-                error_tolerance=error_tolerance,
-            )
-            if choice is not None:
-                choices[place] = choice
+    if policy.target is not None and to_go is not None:
+        # Only what fits a node is asked of it, so that no other decides what is predicted of it.
+        judged: dict[tuple[int, ...], list[int]] = {}
+        for place, fit in enumerate(fits):
+            if place not in choices:
+                judged.setdefault(fit, []).append(place)
+        predictions = yield from gather(
+            *(predict_gain(problem, [nodes[i] for i in judged[fit]], fit) for fit in judged)
+        )
+        for (fit, places), gains in zip(judged.items(), predictions, strict=True):
+            for place, *rows in zip(places, *gains, strict=True):
+                choice = choose_by_gains(
+                    Gains(*rows),
+                    to_go,
+                    target=policy.target,
+                    strides=fit,
+                    step_index=stands[place],
+                    edges=edges,
+                    error_tolerance=error_tolerance,
+                )
+                if choice is not None:
+                    choices[place] = choice
     for place, node in enumerate(nodes):
         if place not in choices:
             choices[place] = _choose_alike(

@@ -13,7 +13,15 @@ import difflib
 import math
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import Final, Literal, NamedTuple, TypeAlias, get_args
+from typing import (
+    Final,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeAlias,
+    get_args,
+    runtime_checkable,
+)
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +67,31 @@ class StridePolicy(NamedTuple):
     def needs_costs(self) -> bool:
         """Whether it needs `Problem.stride_costs`."""
         return self.kind in (*_TABLES, *_PREDICTING)
+
+    @property
+    def asks_head(self) -> bool:
+        """Whether it plans by what a trained head learned of the model."""
+        return self.kind in ("gits", "oracle", "ige")
+
+
+@runtime_checkable
+class HasStridePolicy(Protocol):
+    """A strategy whose strides are chosen by a policy.
+
+    Attributes:
+        stride_policy: setting that names it.
+    """
+
+    stride_policy: str
+
+    @property
+    def policy(self) -> StridePolicy:
+        """What chooses the strides."""
+        ...
+
+    def stride_set(self, num_steps: int) -> tuple[int, ...]:
+        """Strides to choose from, which `Problem.stride_costs` must be of."""
+        ...
 
 
 class StrideChoice(NamedTuple):
@@ -286,7 +319,6 @@ def choose_by_gains(
     *,
     target: Target,
     strides: Sequence[int],
-    admissible: Sequence[int],
     step_index: int,
     edges: int,
     error_tolerance: float,
@@ -294,32 +326,30 @@ def choose_by_gains(
     """The stride for one sample by what is predicted of it.
 
     Strides whose predicted truncation error is above ``error_tolerance`` are not taken, but for the
-    shortest admissible one.
+    shortest one.
 
     Args:
         gains: of the sample, ``[strides]`` each.
         to_go: costs of the rest, in the units of :func:`gain_costs`.
         target: what jumps are judged by.
-        strides: of ``gains``.
-        admissible: of :func:`admissible_strides`.
+        strides: of ``gains``; those of :func:`admissible_strides`.
         step_index: of the sample.
         edges: left, this one included.
         error_tolerance: in latent units.
 
     Returns:
-        ``None`` where an admissible jump is not predicted, or none has a finite cost.
+        ``None`` where a jump is not predicted, or none has a finite cost.
     """
     costs = gain_costs(gains, target)
-    errors = dict(zip(strides, np.exp(gains.log_truncation_error).tolist(), strict=True))
-    by_stride = dict(zip(strides, costs.tolist(), strict=True))
-    if any(math.isnan(by_stride[stride]) for stride in admissible):
+    if np.isnan(costs).any():
         return None
+    errors = dict(zip(strides, np.exp(gains.log_truncation_error).tolist(), strict=True))
     best_of = partial(
         choose_stride, costs, to_go, strides=strides, step_index=step_index, edges=edges
     )
-    tolerated = [k for k in admissible if k == admissible[0] or not errors[k] > error_tolerance]
+    tolerated = [k for k in strides if k == strides[0] or not errors[k] > error_tolerance]
     stride = best_of(admissible=tolerated)
     if stride is None:
         return None
-    reason = "gain" if stride == best_of(admissible=admissible) else "tolerance"
-    return StrideChoice(stride, reason, -by_stride[stride], errors[stride])
+    reason = "gain" if stride == best_of(admissible=strides) else "tolerance"
+    return StrideChoice(stride, reason, -float(costs[strides.index(stride)]), errors[stride])

@@ -13,7 +13,7 @@ from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.saved_calls import CallSaver
 from mctd_diffusers.search.strategies import MCTD, BestOfN
-from mctd_diffusers.search.tree import STEP, STRIDE_REASONS, to_json
+from mctd_diffusers.search.tree import STEP, STRIDE_REASONS, path_to_root, to_json
 from tests.pipelines import tiny
 
 PROMPTS = ["a red cat", "two dogs"]
@@ -94,6 +94,19 @@ def test_an_image_does_not_depend_on_the_others(pipe: Any) -> None:
         one, other = alone.search[0].tree, together.search[place].tree
         for name in ("parent", "stride", "stride_reason"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_a_sample_does_not_depend_on_those_beside_it(pipe: Any) -> None:
+    def strides_of(wave_size: int) -> list[list[int]]:
+        strategy = BestOfN(n=6, evaluations=5, stride_policy="ige", wave_size=wave_size)
+        (found,) = search(pipe, PROMPTS[:1], search=strategy, nfe_budget=30).search
+        tree = found.tree
+        paths = [path_to_root(tree, sample.node)[-3::-1] for sample in found.finished]
+        predicted = [tree.predicted_error[path].round(5).tolist() for path in paths]
+        assert len({*map(str, predicted)}) == 6
+        return [tree.stride[path].tolist() + of for path, of in zip(paths, predicted, strict=True)]
+
+    np.testing.assert_array_equal(strides_of(1), strides_of(6))
 
 
 @pytest.mark.parametrize("policy", ["ige", "x0hat", "gits"])
