@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import BudgetError, ConfigError
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.models.observations import Observations, observe
-from mctd_diffusers.models.refining import weights_digest
+from mctd_diffusers.models.weights import weights_digest
 from mctd_diffusers.results import bytes_of
 from mctd_diffusers.search.budget import REWARD_SPENDS, VALUE_SPENDS, Budget
 from mctd_diffusers.search.environment import FIRST_DRAW, Action, Handles, Ledger, Prices
@@ -36,6 +36,7 @@ from mctd_diffusers.search.runner import Finished, SearchResult, Strategy
 from mctd_diffusers.search.seeding import root_seed_of
 from mctd_diffusers.search.settings import is_number
 from mctd_diffusers.search.strategies import resolve_strategy
+from mctd_diffusers.search.stride_policies import HasStridePolicy
 from mctd_diffusers.search.tree import STEP, Tree, path_to_root
 
 DEFAULT_COMPUTE = 8
@@ -89,22 +90,21 @@ def configured_strategy(options: SearchOptions) -> Strategy:
 
 def with_head_or_without(strategy: Strategy, has_head: bool) -> Strategy:
     """The strategy, by its rule without predictions where it asks for a head that is not there."""
-    policy = getattr(strategy, "policy", None)
-    if has_head or policy is None or policy.kind != "ige":
+    if has_head or not isinstance(strategy, HasStridePolicy) or strategy.policy.kind != "ige":
         return strategy
-    rule = type(strategy)().stride_policy  # type: ignore[attr-defined]  # it has a policy
+    rule = type(strategy)().stride_policy
     warnings.warn(
-        f"stride_policy={strategy.stride_policy!r} needs an information gain evaluator, and this "  # type: ignore[attr-defined]
+        f"stride_policy={strategy.stride_policy!r} needs an information gain evaluator, and this "
         f"pipeline has none, so the search takes its strides by {rule!r}: load one with ige=...",
         stacklevel=5,
     )
-    return replace(strategy, stride_policy=rule)  # type: ignore[type-var]
+    without: Strategy = replace(cast(Any, strategy), stride_policy=rule)
+    return without
 
 
 def digest_of_head(strategy: Strategy, head: InformationGainEvaluator | None) -> str | None:
     """What tells the head that a strategy asks from others; ``None`` if it asks none."""
-    policy = getattr(strategy, "policy", None)
-    if head is None or policy is None or policy.kind not in ("gits", "ige", "oracle"):
+    if head is None or not isinstance(strategy, HasStridePolicy) or not strategy.policy.asks_head:
         return None
     return weights_digest(head)
 
@@ -113,11 +113,10 @@ def stride_parts_of(
     strategy: Strategy, stepper: Stepper, head: GainHead | None, rows_per_call: int
 ) -> StrideParts:
     """What the stride policy of a strategy asks of the world; nothing, if it has none."""
-    policy = getattr(strategy, "policy", None)
-    if policy is None:
+    if not isinstance(strategy, HasStridePolicy):
         return NO_STRIDE_PARTS
-    strides = strategy.stride_set(stepper.num_steps)  # type: ignore[attr-defined]
-    return stride_parts(policy, strides, stepper, head, rows_per_call)
+    strides = strategy.stride_set(stepper.num_steps)
+    return stride_parts(strategy.policy, strides, stepper, head, rows_per_call)
 
 
 def check_options(options: SearchOptions) -> None:

@@ -284,7 +284,7 @@ def compare(
     searches = parse_searches(search)
     texts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     with saving() as saved:
-        from mctd_diffusers.evaluation.benchmark.cells import make_folder
+        from mctd_diffusers.files import make_folder
 
         call = check_call(
             [chosen for _, chosen in searches],
@@ -327,8 +327,8 @@ def demo(
     The prompts are the first of each kind in the held-out list `report`.
     """
     with saving() as saved:
-        from mctd_diffusers.evaluation.benchmark.cells import make_folder
         from mctd_diffusers.evaluation.scenes import KINDS, load_prompts
+        from mctd_diffusers.files import make_folder
 
         searches = [parse_search("none"), parse_search("mctd")]
         call = check_call(
@@ -379,8 +379,8 @@ def evaluate_model(
     Writes report.json, report.txt and sheet.png.
     """
     with saving():
-        from mctd_diffusers.evaluation.benchmark.cells import make_folder
         from mctd_diffusers.evaluation.model_report import evaluate_model, format_report
+        from mctd_diffusers.files import make_folder
 
         call = check_call([], steps=steps, guidance=guidance, device=device)
         make_folder(output)

@@ -54,7 +54,6 @@ from mctd_diffusers.calls import (
 )
 from mctd_diffusers.denoising.denoiser import chunks
 from mctd_diffusers.denoising.environment import LatentEnvironment
-from mctd_diffusers.denoising.gains import GainHead
 from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, RewardFn
 from mctd_diffusers.denoising.stepper import Stepper, check_scheduler
 from mctd_diffusers.errors import ConfigError, SearchError, UnsupportedSchedulerError
@@ -728,9 +727,7 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
             prices=Prices(),
             with_plain=saved.call["with_plain"],
             reads_features=options.online_ige,
-            strides=stride_parts_of(
-                saved.strategy, stepper, self._head(), settings["rows_per_call"]
-            ),
+            strides=stride_parts_of(saved.strategy, stepper, self.ige, settings["rows_per_call"]),
             head=digest_of_head(saved.strategy, self.ige),
         )
         world = restored_world(saved, world)
@@ -744,8 +741,7 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
         if options.save_to is not None:
             check_unsaved(options.save_to)
         self._check_online(options)
-        head = self._head()
-        strategy = with_head_or_without(configured_strategy(options), head is not None)
+        strategy = with_head_or_without(configured_strategy(options), self.ige is not None)
         check_stock(stock)
         self._check_call(stock)
         prompts = reward_prompts_of(stock, options)
@@ -779,7 +775,7 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
             prices=Prices(),
             with_plain=options.include_plain and not isinstance(strategy, BestOfN),
             reads_features=options.online_ige,
-            strides=stride_parts_of(strategy, stepper, head, rows_per_call),
+            strides=stride_parts_of(strategy, stepper, self.ige, rows_per_call),
             head=digest_of_head(strategy, self.ige),
         )
         if options.cost_budget is not None:
@@ -917,11 +913,6 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
         if given is None:
             self.reward_model = reward  # a name is looked up once
         return functools.partial(call_reward, reward)
-
-    def _head(self) -> GainHead | None:
-        """The information gain evaluator, if the pipeline has one."""
-        head: GainHead | None = getattr(self, "ige", None)
-        return head
 
     @property
     def ige_refiner(self) -> Refiner:

@@ -225,6 +225,7 @@ def _read_methods(text: str, policies: Sequence[str]) -> Iterator[Method]:
     """Methods of names and settings with commas between them, each by each stride policy."""
     from mctd_diffusers.evaluation.benchmark.plan import MORE_STEPS, PLAIN, Method
     from mctd_diffusers.search.strategies import BestOfN, resolve_strategy
+    from mctd_diffusers.search.stride_policies import HasStridePolicy
 
     def own(label: str) -> Method | None:
         return Method(label, BestOfN(n=1)) if label in (MORE_STEPS, PLAIN) else None
@@ -236,7 +237,8 @@ def _read_methods(text: str, policies: Sequence[str]) -> Iterator[Method]:
             )
         method = own(label) or Method(label, resolve_strategy(chosen))
         strategy: Any = method.strategy
-        if not policies or not hasattr(strategy, "policy") or isinstance(strategy, BestOfN):
+        takes_them = isinstance(strategy, HasStridePolicy) and not isinstance(strategy, BestOfN)
+        if not policies or not takes_them:
             yield method
             continue
         for policy in policies:
@@ -326,7 +328,8 @@ def _made_cells(
     device: str | None,
 ) -> list[Cell]:
     """All cells of the plan, made where they are not there yet."""
-    from mctd_diffusers.evaluation.benchmark.cells import make_cells, make_folder
+    from mctd_diffusers.evaluation.benchmark.cells import make_cells
+    from mctd_diffusers.files import make_folder
 
     largest = plan.budgets[-1]
     call = check_call(

@@ -63,8 +63,8 @@ def diagnose(
     Writes report.md and diagnosis.json. The saved searches stay as they are, finished or not.
     """
     with saving() as saved:
-        from mctd_diffusers.evaluation.benchmark.cells import make_folder
         from mctd_diffusers.evaluation.diagnosis import Effort, diagnose_saved
+        from mctd_diffusers.files import make_folder
 
         effort = Effort(pool, siblings, continuations, stride)
         texts = [text for folder in results for text in _prompts_in(folder)[:limit]]

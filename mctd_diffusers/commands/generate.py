@@ -85,7 +85,7 @@ def generate(
         raise typer.BadParameter("Missing argument 'PROMPTS...'.")
     label, chosen = parse_search(search)
     with saving() as saved:
-        from mctd_diffusers.evaluation.benchmark.cells import make_folder
+        from mctd_diffusers.files import make_folder
         from mctd_diffusers.processes import my_device
 
         call = check_call(

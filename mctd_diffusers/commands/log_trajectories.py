@@ -102,7 +102,7 @@ def log_trajectories(
         shard_size=shard_size,
         rows_per_call=rows_per_call,
     )
-    from mctd_diffusers.evaluation.benchmark.cells import make_folder
+    from mctd_diffusers.files import make_folder
     from mctd_diffusers.trajectories.card import write_card
     from mctd_diffusers.trajectories.files import check_split
     from mctd_diffusers.trajectories.logging import begin_log
@@ -140,7 +140,7 @@ def relabel(
     Stopped at any moment, the same command goes on from the finished files.
     """
     command = _command("relabel", relabel, locals(), {"push_to_hub"})
-    from mctd_diffusers.evaluation.benchmark.cells import make_folder
+    from mctd_diffusers.files import make_folder
     from mctd_diffusers.trajectories.card import write_card
     from mctd_diffusers.trajectories.relabelling import relabel_log
 

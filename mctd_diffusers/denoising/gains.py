@@ -255,7 +255,7 @@ def stride_parts(
         policy: of the search.
         strides: it chooses from.
         stepper: over the schedule.
-        head: of the pipeline; must be there for ``gits``, ``ige`` and ``oracle``, which plan by it.
+        head: of the pipeline; must be there for policies that plan by it.
         rows_per_call: samples in each call of the head.
 
     Raises:
@@ -267,7 +267,7 @@ def stride_parts(
         return StrideParts(costs=_as_costs(ays_costs(stepper, strides)))
     if policy.kind == "x0hat":
         return StrideParts(EstimateChange(), costs=_as_costs(change_costs(stepper, strides)))
-    if head is None:
+    if head is None:  # all others ask it
         raise ConfigError(
             f"stride_policy {policy.kind!r} plans by what a head learned of the model, and this "
             "pipeline has none: load it with ige=..., or use 'ays' or 'uniform'"

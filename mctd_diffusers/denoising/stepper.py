@@ -11,6 +11,7 @@ it rode in. With stride 1 the view's arithmetic is the stock loop's, bit for bit
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -227,7 +228,7 @@ class Stepper:
         alphas: Tensor = self._own.alphas_cumprod.cpu()
         return alphas
 
-    @property
+    @functools.cached_property
     def log_snr(self) -> Float[Tensor, " points"]:
         """Log signal-to-noise ratio at each step and, last, of the finished sample.
 

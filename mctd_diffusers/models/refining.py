@@ -9,7 +9,6 @@ predicted worse after an update than before, the update is undone.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -149,7 +148,7 @@ class Learner:
                 weights=settings.weights,
             )
             self._optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
             self._optimizer.step()
         return float(loss.detach())
 
@@ -287,14 +286,6 @@ def calibration_of(head: InformationGainEvaluator) -> Calibration | None:
     """By which a head takes values; ``None`` takes them as they are."""
     curves = head.config["calibration"]
     return Calibration.from_dict(curves) if curves else None
-
-
-def weights_digest(head: torch.nn.Module) -> str:
-    """What tells the weights of a network from others."""
-    found = hashlib.sha256()
-    for weight in head.state_dict().values():
-        found.update(weight.detach().cpu().double().numpy().tobytes())
-    return found.hexdigest()
 
 
 def is_validated_on(image: int, share: float) -> bool:

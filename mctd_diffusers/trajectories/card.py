@@ -9,13 +9,13 @@ from typing import Any, Final
 
 import pyarrow.parquet as pq
 
+from mctd_diffusers.files import write_text
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.trajectories.files import (
     read_begun,
     settings_in,
     shard_paths,
     splits_of,
-    write_text,
 )
 from mctd_diffusers.trajectories.logging import nfe_of_log
 from mctd_diffusers.trajectories.plan import FINE_STEPS

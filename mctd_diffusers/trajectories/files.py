@@ -17,13 +17,14 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from datasets import Dataset, Features, List, Value
 
 from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.files import write_atomically, write_text
 from mctd_diffusers.trajectories.plan import LogSettings
 
 _RESERVED: Final = ("all",)
@@ -88,7 +89,7 @@ def shard_paths(folder: Path, split: str, num_shards: int) -> list[Path]:
 
 def write_shard(dataset: Dataset, path: Path) -> None:
     """Write a shard so that it is found whole, or not at all, whenever this is interrupted."""
-    _replace(path, dataset.to_parquet)
+    write_atomically(path, dataset.to_parquet)
 
 
 # Settings
@@ -197,27 +198,6 @@ def write_begun(folder: Path, split: str, entries: Mapping[str, Any]) -> None:
     path = settings_path(folder, split)
     if not path.exists():
         write_text(path, json.dumps(entries, indent=1) + "\n")
-
-
-# Writing
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file in one go."""
-    _replace(path, lambda file: file.write(text.encode()))
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file under a hidden name, and put it in its place when it is on the disk."""
-    draft = path.with_name(f".{path.name}")
-    try:
-        with draft.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def whole_splits(folder: Path) -> Iterator[str]:

@@ -11,7 +11,6 @@ comes out equal row for row.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import os
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from torch import nn
 from mctd_diffusers.calls import World
 from mctd_diffusers.denoising.stepper import Stepper, check_scheduler
 from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.models.weights import weights_hash
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.rewards.calls import reward_name
 from mctd_diffusers.search.environment import FIRST_DRAW, Action
@@ -54,9 +54,6 @@ from mctd_diffusers.trajectories.plan import (
     work_of,
 )
 from mctd_diffusers.trajectories.shards import run_shard
-
-_IDENTIFYING_NUMBERS = 8
-"""First numbers of each parameter that tell one model from another."""
 
 
 def log_trajectories(
@@ -230,7 +227,7 @@ def _rows_per_call(pipe: MCTDPipeline, settings: LogSettings) -> int:
 def identity_of(pipe: MCTDPipeline) -> dict[str, str]:
     """By what a model is told from others: its class, and a few numbers of every part, hashed."""
     parts = {
-        name: _identity(part)
+        name: weights_hash(part)
         for name, part in sorted(pipe.components.items())
         if isinstance(part, nn.Module) and name != "ige"
     }
@@ -242,15 +239,7 @@ def reward_identity(reward: Any) -> str:
     models = [
         part for part in getattr(reward, "__dict__", {}).values() if isinstance(part, nn.Module)
     ]
-    return " ".join([reward_name(reward), *map(_identity, models)])
-
-
-def _identity(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        first = parameter.detach().flatten()[:_IDENTIFYING_NUMBERS].float().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + first.tobytes())
-    return digest.hexdigest()[:16]
+    return " ".join([reward_name(reward), *map(weights_hash, models)])
 
 
 # What a log will take

@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 
 from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.files import write_text
 from mctd_diffusers.models.observations import (
     IsStochasticFn,
     Observations,
@@ -31,7 +32,7 @@ from mctd_diffusers.models.observations import (
 from mctd_diffusers.search.environment import Handles
 from mctd_diffusers.search.saving import INDEX, load_search
 from mctd_diffusers.search.tree import STEP, Tree
-from mctd_diffusers.trajectories.files import shard_path, write_shard, write_text
+from mctd_diffusers.trajectories.files import shard_path, write_shard
 
 SPLIT: Final = "searches"
 ROWS_PER_SHARD: Final = 8192

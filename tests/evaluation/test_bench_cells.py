@@ -24,7 +24,7 @@ from mctd_diffusers.evaluation.benchmark.cells import (
     make_cells,
     read_cells,
 )
-from mctd_diffusers.evaluation.benchmark.identity import code_hash, weights_hash
+from mctd_diffusers.evaluation.benchmark.identity import code_hash
 from mctd_diffusers.evaluation.benchmark.metering import TimedReward, cpu_by_phase
 from mctd_diffusers.evaluation.benchmark.mixture_suite import MixtureSuite, mixture_prompts
 from mctd_diffusers.evaluation.benchmark.pipeline_suite import PipelineSuite, RewardGold, image_seed
@@ -36,6 +36,7 @@ from mctd_diffusers.evaluation.benchmark.plan import (
     parse_budgets,
 )
 from mctd_diffusers.evaluation.benchmark.prompts import read_prompts
+from mctd_diffusers.models.weights import weights_hash
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.rewards.brightness import brightness
 from mctd_diffusers.search.strategies import MCTD, Beam, BestOfN
@@ -185,7 +186,7 @@ def test_a_stopped_benchmark_loses_the_chunk_under_way_and_repeats_nothing(tmp_p
     again = GreySuite()
     assert make_cells(PLAN, again, tmp_path) == cells == read_cells(PLAN, tmp_path)
     assert not again.tasks
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_more_methods_budgets_seeds_and_prompts_cost_only_their_own_cells(tmp_path: Path) -> None:

@@ -8,9 +8,7 @@ made with other weights or other code is made again.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +17,9 @@ from typing import Any, Final, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.benchmark.plan import BenchPlan, Method, Task
 from mctd_diffusers.evaluation.metrics import vendi_score
+from mctd_diffusers.files import make_folder, write_text
 from mctd_diffusers.search.runner import Finished, SearchResult
 
 
@@ -231,7 +229,7 @@ def make_cells(
         )
         path = cell_path(folder, task)
         make_folder(path.parent)
-        write_atomically(path, json.dumps(asdict(cell)))
+        write_text(path, json.dumps(asdict(cell)), has_rivals=True)
         found[task.name] = cell
         if on_cell is not None:
             on_cell(task, path, True)
@@ -266,31 +264,3 @@ def code_versions(cells: Sequence[Cell]) -> dict[str, int]:
     for cell in cells:
         versions.setdefault(cell.method, set()).add(json.dumps(cell.identity, sort_keys=True))
     return {method: len(found) for method, found in versions.items() if len(found) > 1}
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it.
-
-    Raises:
-        ConfigError: it cannot be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"no permission to write to {folder}")
-    except OSError as error:
-        raise ConfigError(
-            f"output folder {folder} cannot be used: {error}; name another"
-        ) from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old text or the new one, and never a part."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise

@@ -1,4 +1,4 @@
-"""Hashes of what results depend on: the code that a search runs through, and weights.
+"""Hashes of the code that results depend on (those of weights are in `models.weights`).
 
 A search runs through its strategy, what that imports, and what every search shares. So editing one
 strategy leaves the results of the others good. Comments, docstrings and layout do not count.
@@ -13,9 +13,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
-
-import torch
-from torch import nn
 
 import mctd_diffusers
 
@@ -100,17 +97,3 @@ def _source(name: str) -> Path | None:
         if candidate.is_file():
             return candidate
     return None
-
-
-def weights_hash(module: nn.Module) -> str:
-    """Hash some values of every parameter, which training changes everywhere: seconds, not minutes.
-
-    Args:
-        module: on any device, of any dtype.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        digest.update(name.encode())
-        sampled = parameter.detach().flatten()[:64].to("cpu", torch.float32).numpy()
-        digest.update(sampled.tobytes())
-    return digest.hexdigest()[:16]

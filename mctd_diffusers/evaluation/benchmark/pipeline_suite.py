@@ -17,7 +17,7 @@ from mctd_diffusers.denoising.denoiser import chunks
 from mctd_diffusers.denoising.protocols import RewardFn
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.benchmark.cells import Drawn, run_of
-from mctd_diffusers.evaluation.benchmark.identity import code_hash, weights_hash
+from mctd_diffusers.evaluation.benchmark.identity import code_hash
 from mctd_diffusers.evaluation.benchmark.metering import (
     TimedReward,
     cpu_by_phase,
@@ -26,6 +26,7 @@ from mctd_diffusers.evaluation.benchmark.metering import (
 )
 from mctd_diffusers.evaluation.benchmark.plan import BenchPlan, Method, Task
 from mctd_diffusers.evaluation.judge import SceneJudge
+from mctd_diffusers.models.weights import weights_hash
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.rewards.calls import call_reward, reward_name
 from mctd_diffusers.search.environment import Prices

@@ -14,7 +14,6 @@ from mctd_diffusers.evaluation.benchmark.cells import (
     Cell,
     Run,
     code_versions,
-    write_atomically,
 )
 from mctd_diffusers.evaluation.benchmark.claims import claims
 from mctd_diffusers.evaluation.benchmark.comparison import (
@@ -33,6 +32,7 @@ from mctd_diffusers.evaluation.benchmark.comparison import (
 from mctd_diffusers.evaluation.benchmark.plan import PLAIN, REFERENCE, BenchPlan
 from mctd_diffusers.evaluation.benchmark.pricing import PRICES, ROWS_OF_NFE, cost_of
 from mctd_diffusers.evaluation.metrics import Interval
+from mctd_diffusers.files import write_text
 from mctd_diffusers.search.environment import Counts, Prices
 
 COLUMNS: Final = (
@@ -70,8 +70,8 @@ def write_report(
 
     results = results_of(plan, cells)
     paths = [output / name for name in ("results.csv", "report.md", "curves.png")]
-    write_atomically(paths[0], as_csv(cells))
-    write_atomically(paths[1], markdown(plan, cells, results, rivals))
+    write_text(paths[0], as_csv(cells), has_rivals=True)
+    write_text(paths[1], markdown(plan, cells, results, rivals), has_rivals=True)
     figure = curves_figure(results)
     draft = paths[2].with_suffix(".part.png")
     figure.savefig(draft)
