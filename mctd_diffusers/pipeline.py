@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, SchedulerMixin
-from huggingface_hub import CommitInfo, hf_hub_download, snapshot_download
+from huggingface_hub import CommitInfo, snapshot_download
 from PIL import Image
 from torch import Tensor
 
@@ -55,20 +55,33 @@ from mctd_diffusers.calls import (
 from mctd_diffusers.denoising.denoiser import chunks
 from mctd_diffusers.denoising.environment import LatentEnvironment
 from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, RewardFn
-from mctd_diffusers.denoising.stepper import Stepper, check_scheduler
+from mctd_diffusers.denoising.stepper import Stepper, check_scheduler, scheduler_from
 from mctd_diffusers.errors import ConfigError, SearchError, UnsupportedSchedulerError
 from mctd_diffusers.hub import (
     CARD,
     HUB_ARGUMENTS,
-    card_text,
     documents_beside,
     hub_errors,
-    is_repository,
     push_folder,
     repository_of,
 )
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.models.refining import IGEUpdate, Refiner
+from mctd_diffusers.pipeline_folder import (
+    IGE_FOLDER,
+    OUR_FOLDERS,
+    OUR_KEY,
+    PREVIEW_FOLDER,
+    REWARD_FOLDER,
+    dtype_of,
+    parts_beside,
+    parts_of,
+    pipeline_card,
+    read_model_index,
+    resolve_ige,
+    restore_reward,
+    saved_as,
+)
 from mctd_diffusers.results import (
     Estimate,
     ImageSearch,
@@ -111,13 +124,6 @@ FAMILIES: dict[str, str] = {
     ),
 }
 """Stock class name -> 'module:class' of the family that searches it."""
-
-OUR_KEY = "_mctd"
-"""Key of ``model_index.json`` for what is ours; private, so that stock loaders drop it unseen."""
-REWARD_FOLDER = "reward_model"
-PREVIEW_FOLDER = "preview_vae"
-IGE_FOLDER = "ige"
-OUR_FOLDERS = (IGE_FOLDER, PREVIEW_FOLDER, REWARD_FOLDER)
 
 _AS_SAVED: Any = object()
 """Default of ``reward_model`` and ``ige`` in `from_pretrained`: what was saved, if anything."""
@@ -220,12 +226,12 @@ class MCTDPipeline(DiffusionPipeline):
         """
         source = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        index = _read_model_index(source, hub)
+        index = read_model_index(source, hub)
         family = family_class(index.get("_class_name")) if cls is MCTDPipeline else cls
         folder = Path(source)
         ours = index.get(OUR_KEY)
         if ours is None:  # a folder that a script put together; ours always have the key
-            ours = _parts_beside(folder)
+            ours = parts_beside(folder)
         if not isinstance(ours, dict):
             raise ConfigError(
                 f"{OUR_KEY} in model_index.json of {source!r} is {ours!r}, not an object: take the "
@@ -237,7 +243,7 @@ class MCTDPipeline(DiffusionPipeline):
         saved = [REWARD_FOLDER] * reward_is_saved + [PREVIEW_FOLDER] * preview_is_saved
         saved += [IGE_FOLDER] * ige_is_saved
         if folder.is_dir():
-            parts = [name for name in _parts_of(index) if name not in kwargs] + saved
+            parts = [name for name in parts_of(index) if name not in kwargs] + saved
             if lacking := [name for name in parts if not (folder / name).is_dir()]:
                 raise ConfigError(
                     f"the pipeline in {source!r} lacks {', '.join(lacking)}, which its "
@@ -250,25 +256,25 @@ class MCTDPipeline(DiffusionPipeline):
                 folder = Path(snapshot_download(source, allow_patterns=patterns, **hub))
         if ige_is_saved:
             ige = InformationGainEvaluator.from_pretrained(
-                folder / IGE_FOLDER, **_saved_as(folder / IGE_FOLDER, kwargs)
+                folder / IGE_FOLDER, **saved_as(folder / IGE_FOLDER, kwargs)
             )
         elif ige is _AS_SAVED:
             ige = None
         elif ige is not None:
             elsewhere = {name: given for name, given in hub.items() if name != "revision"}
-            ige = _resolve_ige(ige, dtype=_dtype_of(IGE_FOLDER, kwargs), **elsewhere)
+            ige = resolve_ige(ige, dtype=dtype_of(IGE_FOLDER, kwargs), **elsewhere)
         if ige is not None:
             ige.check_family(family.stock_class.__name__)
         kwargs["ige"] = ige
         if reward_is_saved:
-            reward_model = _restore_reward(folder / REWARD_FOLDER, ours["reward_model"])
+            reward_model = restore_reward(folder / REWARD_FOLDER, ours["reward_model"])
         elif reward_model is _AS_SAVED:
             reward_model = None
         elif reward_model is not None:
             reward_model = resolve_reward(reward_model)
         if preview_is_saved:
             kwargs["preview_vae"] = AutoencoderTiny.from_pretrained(
-                folder / PREVIEW_FOLDER, **_saved_as(folder / PREVIEW_FOLDER, kwargs)
+                folder / PREVIEW_FOLDER, **saved_as(folder / PREVIEW_FOLDER, kwargs)
             )
         pipe: MCTDPipeline = super(MCTDPipeline, family).from_pretrained(source, **kwargs)
         pipe.reward_model = reward_model
@@ -318,7 +324,7 @@ class MCTDPipeline(DiffusionPipeline):
         arguments |= {name: pipeline.config[name] for name in settings if name in pipeline.config}
         arguments["reward_model"] = getattr(pipeline, "reward_model", None)
         if kwargs.get("ige") is not None:
-            kwargs["ige"] = _resolve_ige(kwargs["ige"])
+            kwargs["ige"] = resolve_ige(kwargs["ige"])
         missing = set(modules) - set(arguments)
         arguments |= {name: None for name in missing & set(family._optional_components)}
         pipe = family(**{**arguments, **kwargs})
@@ -453,42 +459,9 @@ class MCTDPipeline(DiffusionPipeline):
             name: type(part).__name__ for name, part in self.components.items() if part is not None
         }
         if type(self.reward_model) is ClipReward:
-            parts["reward_model"] = "ClipReward"
-        metadata = {
-            "library_name": "diffusers",
-            "pipeline_tag": "text-to-image",
-            "base_model": repository_of(self.config.get("_name_or_path")),
-            "tags": ["mctd-diffusers"],
-        }
-        rows = "\n".join(f"| `{row}` | `{part}` |" for row, part in parts.items())
-        name = repo_id.rsplit("/", maxsplit=1)[-1]
-        return card_text(
-            metadata,
-            f"""# {name}
-
-A `{self.stock_class.__name__}` with what a search over its denoising needs:
-
-| part | class |
-| --- | --- |
-{rows}
-
-With mctd-diffusers, which searches:
-
-```python
-from mctd_diffusers import MCTDPipeline
-
-pipe = MCTDPipeline.from_pretrained("{repo_id}")
-```
-
-The stock pipeline opens it as well, and leaves out what is for the search:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{repo_id}")
-```
-""",
-        )
+            parts[REWARD_FOLDER] = "ClipReward"
+        base_model = repository_of(self.config.get("_name_or_path"))
+        return pipeline_card(repo_id, self.stock_class.__name__, parts, base_model)
 
     def save_config(
         self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
@@ -976,11 +949,7 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
         try:
             check_scheduler(self.scheduler)
         except UnsupportedSchedulerError as error:
-            config = self.scheduler.config
-            filled = {
-                name: False for name in ("clip_sample", "set_alpha_to_one") if name not in config
-            }
-            scheduler = DDIMScheduler.from_config(config, **filled)
+            scheduler: SchedulerMixin = scheduler_from(DDIMScheduler, self.scheduler.config)
             check_scheduler(scheduler)
             warnings.warn(
                 f"{type(self.scheduler).__name__} cannot be branched, so the search steps a "
@@ -1249,88 +1218,6 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
         self._check_names(stock.pop("kwargs", {}))
         ours = {field.name: stock.pop(field.name) for field in fields(SearchOptions)}
         return stock, SearchOptions(**ours)
-
-
-def _read_model_index(source: str, hub: dict[str, Any]) -> dict[str, Any]:
-    """Read ``model_index.json`` of a folder or repository."""
-    cure = "pass a folder or Hub repository that holds the model_index.json of a pipeline"
-    with hub_errors("load the pipeline of", source, hub.get("revision"), cure=cure):
-        if Path(source).is_dir():
-            path = Path(source) / "model_index.json"
-        elif is_repository(source):
-            path = Path(hf_hub_download(source, "model_index.json", **hub))
-        else:
-            raise OSError("there is no such folder")
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(index, dict):
-            raise ValueError(f"{path.name} holds no object but {index!r:.40}")
-    return index
-
-
-def _dtype_of(name: str, arguments: dict[str, Any]) -> Any:
-    """The dtype that a part is loaded in, by the arguments of ``from_pretrained``."""
-    dtype = arguments.get("dtype", arguments.get("torch_dtype"))
-    return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
-
-
-def _saved_as(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
-    """How a part of ours is loaded from its folder, by the arguments of ``from_pretrained``."""
-    variant = arguments.get("variant")
-    was_saved = variant is not None and any(folder.glob(f"*.{variant}*"))
-    return {
-        "dtype": _dtype_of(folder.name, arguments),
-        "variant": variant if was_saved else None,
-    }
-
-
-def _resolve_ige(spec: Any, **arguments: Any) -> InformationGainEvaluator:
-    """Turn what a user wrote for a head into a head; one that is an object stays as it is."""
-    if isinstance(spec, str | os.PathLike):
-        return InformationGainEvaluator.from_pretrained(spec, **arguments)
-    if not isinstance(spec, InformationGainEvaluator):
-        raise ConfigError(
-            f"ige={spec!r} is a {type(spec).__name__}: pass an InformationGainEvaluator, its "
-            "folder, or the name of its Hub repository"
-        )
-    return spec
-
-
-def _parts_of(index: dict[str, Any]) -> list[str]:
-    """Names of the parts that lie in folders of their own, by a ``model_index.json``."""
-    return [
-        name
-        for name, entry in index.items()
-        if name[0] != "_" and isinstance(entry, list) and entry and None not in entry
-    ]
-
-
-def _parts_beside(folder: Path) -> dict[str, Any]:
-    """Our entries for the parts of ours that lie in a folder whose index names none."""
-    ours: dict[str, Any] = {}
-    if (folder / REWARD_FOLDER / "config.json").is_file():
-        ours["reward_model"] = "clip"
-    if (folder / PREVIEW_FOLDER / "config.json").is_file():
-        ours["preview_vae"] = ["diffusers", "AutoencoderTiny"]
-    if (folder / IGE_FOLDER / "config.json").is_file():
-        ours["ige"] = [InformationGainEvaluator.__module__, InformationGainEvaluator.__name__]
-    return ours
-
-
-def _restore_reward(folder: Path, entry: Any) -> RewardFn:
-    """Load the reward that was saved with a pipeline."""
-    settings: Any = {"kind": entry} if isinstance(entry, str) else entry
-    if not isinstance(settings, dict) or set(settings) - {"kind", "scale"}:
-        raise ConfigError(
-            f"the saved reward is {entry!r}, known are its kind and scale: pass reward_model=... "
-            "instead"
-        )
-    settings = dict(settings)
-    kind = settings.pop("kind", None)
-    if kind != "clip":
-        raise ConfigError(
-            f"the saved reward is of kind {kind!r}, known is 'clip': pass reward_model=... instead"
-        )
-    return ClipReward.from_pretrained(folder, **settings)
 
 
 def _retrace(environment: LatentEnvironment, moves: Sequence[dict[str, Any]]) -> list[Handles]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from mctd_diffusers.commands.common import (
     load_pipeline,
     named_reward,
     parse_searches,
+    progress_bar,
     saving,
     say,
     whole_numbers,
@@ -266,8 +266,6 @@ def _compare_plainly(
     **settings: Any,
 ) -> None:
     """Compare stride policies in plain sampling."""
-    from tqdm import tqdm
-
     from mctd_diffusers.evaluation.plain_strides import (
         PlainPlan,
         compare_plainly,
@@ -290,7 +288,7 @@ def _compare_plainly(
     pipe, judge = _loaded(model, call, reward, gold, ige)
     pipe.set_progress_bar_config(disable=True)
     nfe = sum(count for _, count in plan.samplers()) * len(texts) * len(plan.seeds)
-    with tqdm(total=nfe, unit="NFE", unit_scale=True, file=sys.stderr) as bar:
+    with progress_bar(nfe, "NFE", unit_scale=True) as bar:
         samples = sample_plainly(pipe, judge, plan, out / "samples", bar.update)
     table, report = write_plain_report(plan, samples, out)
     typer.echo(plain_table(plan, compare_plainly(samples, plan)))
@@ -414,21 +412,12 @@ def _report(plan: BenchPlan, cells: Sequence[Cell], out: Path, rivals: Sequence[
 @contextlib.contextmanager
 def _progress(plan: BenchPlan, saved: list[Path]) -> Iterator[OnCell]:
     """A progress bar over the NFE of all cells; collects the files."""
-    from tqdm import tqdm
 
     def size(task: Task) -> int:
         return len(task.prompts) * (task.nfe or plan.num_steps)
 
     tasks = plan.tasks()
-    is_terminal = sys.stderr.isatty()
-    with tqdm(
-        total=sum(map(size, tasks)),
-        unit="NFE",
-        unit_scale=True,
-        file=sys.stderr,
-        mininterval=0.5 if is_terminal else 30,
-        dynamic_ncols=is_terminal,
-    ) as bar:
+    with progress_bar(sum(map(size, tasks)), "NFE", unit_scale=True) as bar:
 
         def on_cell(task: Task, path: Path, is_new: bool) -> None:
             saved.append(path)

@@ -22,6 +22,8 @@ from mctd_diffusers import EMBEDDED_MODEL
 from mctd_diffusers.errors import ConfigError, MCTDError
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from mctd_diffusers.pipeline import MCTDPipeline
 
 SCHEDULERS = {
@@ -475,3 +477,24 @@ def check_judge_reads(prompts: Sequence[str]) -> None:
                 f"the judge in the box cannot read every prompt ({error}): name another gold with "
                 "--gold, such as clip or module:function"
             ) from error
+
+
+def progress_bar(total: float, unit: str, **settings: Any) -> tqdm[Any]:
+    """A progress bar on standard error, which a log file gets a line of now and then.
+
+    Args:
+        total: in units.
+        unit: what is counted.
+        settings: further ones of tqdm.
+    """
+    from tqdm import tqdm
+
+    is_terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        unit=unit,
+        file=sys.stderr,
+        mininterval=0.5 if is_terminal else 30,
+        dynamic_ncols=is_terminal,
+        **settings,
+    )

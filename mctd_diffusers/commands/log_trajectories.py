@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +20,7 @@ from mctd_diffusers.commands.common import (
     check_call,
     load_pipeline,
     named_reward,
+    progress_bar,
     say,
     scheduler_class,
     whole_numbers,
@@ -28,8 +28,6 @@ from mctd_diffusers.commands.common import (
 from mctd_diffusers.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from mctd_diffusers.pipeline import MCTDPipeline
     from mctd_diffusers.trajectories.plan import LogSettings
 
@@ -148,7 +146,7 @@ def relabel(
     make_folder(output)
     files = sorted((log / "data").glob("*.parquet"))
     try:
-        with _bar(len(files), "files") as bar:
+        with progress_bar(len(files), " files") as bar:
             bar.update(sum((output / "data" / path.name).exists() for path in files))
             for _ in relabel_log(pipe, log, output, rows_per_call=rows_per_call, command=command):
                 bar.update()
@@ -241,7 +239,7 @@ def _log(pipe: MCTDPipeline, settings: LogSettings, output: Path, split: str) ->
     from mctd_diffusers.trajectories.logging import log_trajectories
     from mctd_diffusers.trajectories.plan import shard_of
 
-    with _bar(settings.num_trajectories, "trajectories") as bar:
+    with progress_bar(settings.num_trajectories, " trajectories") as bar:
         bar.initial = bar.n = _num_logged(output, split, settings)
         bar.refresh()
         for number in log_trajectories(pipe, settings, output, split=split):
@@ -293,16 +291,3 @@ def _push(output: Path, repository: str | None) -> None:
 
     pushed = push_folder(output, repository, repo_type="dataset")
     typer.echo(f"pushed: {pushed.commit_url}")
-
-
-def _bar(total: int, unit: str) -> tqdm[Any]:
-    from tqdm import tqdm
-
-    is_terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        unit=f" {unit}",
-        file=sys.stderr,
-        mininterval=0.5 if is_terminal else 30,
-        dynamic_ncols=is_terminal,
-    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,6 +66,21 @@ def check_scheduler(scheduler: Any) -> None:
                 f"{', '.join(map(repr, allowed))}. Make another from it: "
                 f"`{name}.from_config(scheduler.config, {setting}={allowed[0]!r})`."
             )
+
+
+def scheduler_from(kind: Any, config: Any) -> Any:
+    """A scheduler of one class from the config of another.
+
+    Latents are not clipped where the config says nothing of it: schedulers that clip by default
+    are meant for pixels.
+
+    Args:
+        kind: class of diffusers.
+        config: of any scheduler.
+    """
+    known = inspect.signature(kind).parameters
+    silent = [name for name in ("clip_sample", "set_alpha_to_one") if name not in config]
+    return kind.from_config(config, **{name: False for name in silent if name in known})
 
 
 def _settings(scheduler: Any) -> list[tuple[str, Any, tuple[Any, ...]]]:

@@ -8,9 +8,10 @@ latents from those of single steps all the way, and what the gold says of the pi
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -20,8 +21,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.evaluation.benchmark.pipeline_suite import Gold, image_seed, judged
+from mctd_diffusers.evaluation.benchmark.pipeline_suite import (
+    Gold,
+    code_of,
+    image_seed,
+    judged,
+    weights_of,
+)
+from mctd_diffusers.evaluation.benchmark.report import aligned
 from mctd_diffusers.evaluation.metrics import Interval, bootstrap_mean
+from mctd_diffusers.files import write_text
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.search.runner import SearchResult
 from mctd_diffusers.search.strategies import BestOfN
@@ -105,7 +114,7 @@ def sample_plainly(
     folder: Path,
     on_call: Callable[[int], None] = lambda nfe: None,
 ) -> list[PlainSample]:
-    """Draw all samples of a plan; the files of ``folder`` are read where they are of this plan.
+    """Draw all samples of a plan; what ``folder`` holds is read, if it is of this plan and model.
 
     Args:
         pipe: has a reward (which scores every sample and decides nothing).
@@ -115,22 +124,20 @@ def sample_plainly(
         on_call: told the NFE of each call, also of those that are read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    samplers = plan.samplers()
+    made_by = {**weights_of(pipe, gold), "code": code_of(pipe, gold, BestOfN())}
     samples: list[PlainSample] = []
     for seed in plan.seeds:
         for start in range(0, len(plan.prompts), plan.prompts_per_call):
             prompts = plan.prompts[start : start + plan.prompts_per_call]
             path = folder / f"samples-{seed}-{start:05d}.json"
-            asked = json.loads(json.dumps([prompts, samplers, plan.num_steps, plan.guidance_scale]))
+            asked = json.loads(json.dumps([asdict(replace(plan, prompts=prompts)), made_by]))
             read = json.loads(path.read_text("utf-8")) if path.exists() else {}
             if read.get("asked") != asked:
                 rows: list[PlainSample] = []
                 for drawn in _draw_each(pipe, gold, plan, prompts, seed):
                     rows += drawn
                     on_call(sum(sample.evaluations for sample in drawn))
-                part = path.with_suffix(".part")
-                part.write_text(json.dumps({"asked": asked, "samples": rows}), encoding="utf-8")
-                part.replace(path)
+                write_text(path, json.dumps({"asked": asked, "samples": rows}))
             else:
                 rows = [_sample_of(row) for row in read["samples"]]
                 on_call(sum(sample.evaluations for sample in rows))
@@ -240,12 +247,13 @@ def write_plain_report(
 ) -> tuple[Path, Path]:
     """Write ``plain_strides.csv``, every sample, and ``plain_strides.md``, the table."""
     table, report = folder / "plain_strides.csv", folder / "plain_strides.md"
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(PlainSample._fields)
-        for sample in samples:
-            writer.writerow([*sample[:-1], " ".join(map(str, sample.strides))])
-    report.write_text(plain_table(plan, compare_plainly(samples, plan)) + "\n", encoding="utf-8")
+    lines = io.StringIO(newline="")
+    writer = csv.writer(lines)
+    writer.writerow(PlainSample._fields)
+    for sample in samples:
+        writer.writerow([*sample[:-1], " ".join(map(str, sample.strides))])
+    write_text(table, lines.getvalue())
+    write_text(report, plain_table(plan, compare_plainly(samples, plan)) + "\n")
     return table, report
 
 
@@ -255,22 +263,24 @@ def plain_table(plan: PlainPlan, rows: Sequence[PlainRow]) -> str:
     head = ["evaluations", "policy", "RMSE"]
     head += [f"lower than {rival}" for rival in rivals] + ["gold"]
     head += [f"higher than {rival}" for rival in rivals]
-    lines = [
+    rows_of_text = [
+        [
+            str(row.evaluations),
+            row.policy.replace("_", " "),
+            f"{row.rmse.mean:.4f}",
+            *(_in_words(row.less_rmse.get(rival)) for rival in rivals),
+            f"{row.gold.mean:.3f}",
+            *(_in_words(row.more_gold.get(rival)) for rival in rivals),
+        ]
+        for row in rows
+    ]
+    about = (
         f"Plain samples over {plan.num_steps} steps at guidance {plan.guidance_scale:g}: "
         f"{len(plan.prompts)} prompts, seeds {', '.join(map(str, plan.seeds))}. RMSE is that of "
-        f"the finished latents from the sample of all {plan.num_steps} steps from the "
-        "same noise; differences are paired by prompt, with 95 % bootstrap intervals.",
-        "",
-        f"| {' | '.join(head)} |",
-        f"|{' --- |' * len(head)}",
-    ]
-    for row in rows:
-        cells = [str(row.evaluations), row.policy.replace("_", " "), f"{row.rmse.mean:.4f}"]
-        cells += [_in_words(row.less_rmse.get(rival)) for rival in rivals]
-        cells.append(f"{row.gold.mean:.3f}")
-        cells += [_in_words(row.more_gold.get(rival)) for rival in rivals]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        f"the finished latents from the sample of all {plan.num_steps} steps from the same noise; "
+        "differences are paired by prompt, with 95 % bootstrap intervals."
+    )
+    return "\n".join([about, "", *aligned(head, rows_of_text)])
 
 
 def _in_words(interval: Interval | None) -> str:

@@ -26,7 +26,7 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from mctd_diffusers.calls import World
-from mctd_diffusers.denoising.stepper import Stepper, check_scheduler
+from mctd_diffusers.denoising.stepper import Stepper, check_scheduler, scheduler_from
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.models.weights import weights_hash
 from mctd_diffusers.pipeline import MCTDPipeline
@@ -200,12 +200,7 @@ def make_scheduler(pipe: MCTDPipeline, name: str) -> SchedulerMixin:
             f"diffusers has no scheduler {name!r}: name a class of diffusers.schedulers, such as "
             "DDIMScheduler"
         )
-    config = pipe.scheduler.config
-    # Latents are not clipped; some classes would, where the config of another says nothing.
-    filled = {name: False for name in ("clip_sample", "set_alpha_to_one") if name not in config}
-    known = inspect.signature(kind).parameters
-    filled = {name: setting for name, setting in filled.items() if name in known}
-    scheduler: SchedulerMixin = kind.from_config(config, **filled)
+    scheduler: SchedulerMixin = scheduler_from(kind, pipe.scheduler.config)
     return scheduler
 
 

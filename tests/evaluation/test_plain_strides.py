@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,18 @@ def test_what_was_drawn_is_not_drawn_again(pipe: Any, tmp_path: Path) -> None:
     assert {sample.evaluations for sample in other} == {4, 10}
 
 
+def test_samples_of_another_head_are_drawn_anew(pipe: Any, tmp_path: Path) -> None:
+    gold = RewardGold(whiteness)
+    plan = replace(PLAN, prompts=("a cup",), policies=("ige",), evaluations=(5,))
+    sample_plainly(pipe, gold, plan, tmp_path)
+    path = tmp_path / "samples-0-00000.json"
+    drawn = path.stat().st_mtime_ns
+    other = MCTDPipeline.from_pipe(pipe, ige=tiny.make_ige(seed=4))
+    other.set_progress_bar_config(disable=True)
+    sample_plainly(other, gold, plan, tmp_path)
+    assert path.stat().st_mtime_ns != drawn
+
+
 def samples_of(numbers: dict[str, tuple[list[float], list[float]]]) -> list[PlainSample]:
     return [
         PlainSample(policy, 3, prompt, 0, rmse[i], gold[i], (4, 3, 3))
@@ -118,7 +131,7 @@ def test_differences_are_paired_by_prompt(tmp_path: Path) -> None:
     assert rows["uniform"].rmse.mean == pytest.approx(2.0)
     assert rows["uniform"].rmse.high > 2.0
     table = plain_table(plan, list(rows.values()))
-    assert "| 3 | ige | 1.9000 | +0.1000 (+0.1000, +0.1000) | 0.600 |" in table
+    assert "| 3 | ige | 1.9000 | +0.1000 (+0.1000, +0.1000) | 0.600 |" in re.sub(" +", " ", table)
     written, report = write_plain_report(plan, samples, tmp_path)
     assert len(written.read_text().splitlines()) == 1 + len(samples)
     assert report.read_text() == table + "\n"

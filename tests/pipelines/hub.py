@@ -318,12 +318,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def upload_actions(self, oid: str, size: int) -> dict[str, Any]:
         url = f"{self.server.url}/objects/{oid}"
-        actions = {"upload": {"href": url}, "verify": {"href": f"{url}/verify"}}
+        actions: dict[str, dict[str, Any]] = {
+            "upload": {"href": url},
+            "verify": {"href": f"{url}/verify"},
+        }
         part = self.server.part_size
         if part is not None and size > part:
             parts = range(1, -(-size // part) + 1)
             header = {"chunk_size": str(part)} | {str(n): f"{url}/{n}" for n in parts}
-            actions["upload"] = {"href": f"{url}/complete", "header": header}  # type: ignore[dict-item]
+            actions["upload"] = {"href": f"{url}/complete", "header": header}
         return actions
 
     def answer_upload(self, oid: str) -> None:

@@ -215,7 +215,9 @@ def test_siblings_differ(pipe: MCTDPipeline) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["DDIMScheduler:0", "DDIMScheduler:1"])
-def test_memory_is_flat_along_a_trajectory(pipe: MCTDPipeline, sampler: str) -> None:
+def test_memory_is_flat_along_a_trajectory(
+    pipe: MCTDPipeline, sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = make_settings(samplers=(sampler,), grids=(24,), strides=(1, 2, 4))
     shard = shard_of(settings, 0)
     environment = open_shard(pipe, settings, shard).environment
@@ -226,7 +228,7 @@ def test_memory_is_flat_along_a_trajectory(pipe: MCTDPipeline, sampler: str) -> 
         held.append(len(environment._samples))
         denoise(handles)
 
-    environment.denoise = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(environment, "denoise", watched)
     run_shard(environment, settings, shard, family="tiny")
     assert len(environment._samples) == 0
     # A state, its next, jumps under way (of each stride as many as it is long), siblings.

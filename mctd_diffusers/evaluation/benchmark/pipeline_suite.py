@@ -30,6 +30,7 @@ from mctd_diffusers.models.weights import weights_hash
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.rewards.calls import call_reward, reward_name
 from mctd_diffusers.search.environment import Prices
+from mctd_diffusers.search.runner import Strategy
 
 _GOLD_CALL: Final = 8  # pictures
 
@@ -121,16 +122,11 @@ class PipelineSuite:
         self._plan = plan
         self._reward = pipe.reward_model
         self._prices: Prices | None = None
-        self._weights = _weights_of(pipe, gold)
+        self._weights = weights_of(pipe, gold)
 
     def identity(self, method: Method) -> dict[str, str]:
         """Hashes of weights and scheduler, and of the code of the method and what it shares."""
-        modules = [type(method.strategy), type(self._pipe), self._reward, *self._gold.parts]
-        names = {
-            getattr(part, "__module__", None) or type(part).__module__
-            for part in (*modules, MCTDPipeline)
-        }
-        return {**self._weights, "code": code_hash(names)}
+        return {**self._weights, "code": code_of(self._pipe, self._gold, method.strategy)}
 
     def draw(self, task: Task) -> Drawn:
         """Search every prompt of ``task`` in one call of the pipeline."""
@@ -204,7 +200,13 @@ def judged(gold: Gold, images: Tensor, prompts: Sequence[str]) -> GoldScores:
     return GoldScores(np.array(scores), right or None)
 
 
-def _weights_of(pipe: MCTDPipeline, gold: Gold) -> dict[str, str]:
+def code_of(pipe: MCTDPipeline, gold: Gold, strategy: Strategy) -> str:
+    """Hash of the code that a search of a pipeline runs through, its reward and its gold."""
+    parts = (type(strategy), type(pipe), pipe.reward_model, *gold.parts, MCTDPipeline)
+    return code_hash({getattr(part, "__module__", None) or type(part).__module__ for part in parts})
+
+
+def weights_of(pipe: MCTDPipeline, gold: Gold) -> dict[str, str]:
     """Hashes of all weights, of the scheduler, and names of rewards that have none."""
     parts: dict[str, Any] = {
         name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)
