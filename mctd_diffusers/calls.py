@@ -505,11 +505,10 @@ def call_budgets(
     if not world.with_plain:
         return budget, None
     account = world.problems(budget)[0].account
-    plain = account.price(nfe=num_steps, rewards=1)
-    least_nfe = strategy.least_nfe(num_steps)
-    least = account.price(nfe=least_nfe, rewards=1)
+    plain = account.price(evaluations=num_steps, rewards=1)
+    least = account.price(evaluations=strategy.least_evaluations(num_steps), rewards=1)
     if not account.affords(plain + least):
-        needed = [f"{num_steps} + {least_nfe} NFE"]
+        needed = [f"{plain.nfe} + {least.nfe} NFE"]
         if budget.cost is not None:
             needed.append(f"{account.prices.cost(plain + least):.4g} row-equivalents in all")
         raise BudgetError(
@@ -519,8 +518,8 @@ def call_budgets(
     if budget.cost is not None:
         budget = replace(budget, cost=budget.cost - account.prices.cost(plain))
     if budget.nfe is not None:
-        budget = replace(budget, nfe=budget.nfe - num_steps)
-    return budget, Budget(num_steps)
+        budget = replace(budget, nfe=budget.nfe - plain.nfe)
+    return budget, Budget(plain.nfe)
 
 
 def plain_sample_of(result: SearchResult) -> Finished | None:

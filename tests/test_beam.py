@@ -48,7 +48,7 @@ def test_it_spends_whole_passes_and_nothing_else(
     strategy = Beam(candidates=candidates, width=width, stride=stride, block=block)
     edges = -(-num_steps // stride)
     one_pass = width + (edges - 1) * width * candidates
-    assert strategy.least_nfe(num_steps) == one_pass
+    assert strategy.least_evaluations(num_steps) == one_pass
     nfe = one_pass + extra
     (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
     passes = nfe // one_pass
@@ -69,7 +69,7 @@ def test_it_goes_on_from_the_best_of_each_level(
     candidates: int, width: int, num_steps: int
 ) -> None:
     strategy = Beam(candidates=candidates, width=width)
-    nfe = strategy.least_nfe(num_steps)
+    nfe = strategy.least_evaluations(num_steps)
     (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
     tree = result.tree
     for step_index in range(1, num_steps - 1):
@@ -105,7 +105,7 @@ def test_by_a_temperature_it_goes_on_from_states_that_differ(
     width: int, temperature: float, num_steps: int
 ) -> None:
     strategy = Beam(candidates=3, width=width, temperature=temperature)
-    nfe = strategy.least_nfe(num_steps)
+    nfe = strategy.least_evaluations(num_steps)
     (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
     tree = result.tree
     assert result.spent.nfe == nfe

@@ -41,7 +41,7 @@ def test_it_draws_n_samples_or_as_many_as_are_paid_for(
     num_steps = 7
     edges = math.ceil(num_steps / stride)
     strategy = BestOfN(n=n, wave_size=wave_size, stride=stride)
-    assert strategy.least_nfe(num_steps) == edges
+    assert strategy.least_evaluations(num_steps) == edges
     nfe = max(nfe, edges)
     (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
     paid = nfe // edges

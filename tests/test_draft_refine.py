@@ -56,7 +56,7 @@ def test_it_spends_whole_drafts_and_as_many_refined_samples_as_their_share_pays(
     )
     stride = draft_stride or max(num_steps // 4, 1)
     edges = -(-num_steps // stride)
-    assert strategy.least_nfe(num_steps) == edges
+    assert strategy.least_evaluations(num_steps) == edges
     nfe = edges + extra
 
     kept = min(math.floor(resume_at * num_steps) // stride, edges - 1)

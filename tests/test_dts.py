@@ -26,7 +26,7 @@ PAPER_LEVELS = {0, 3, 6, 10, 13}
 
 def tree_of(strategy: DTS, num_steps: int, nfe: int) -> tuple[Tree, SearchResult]:
     """A tree grown on a small mixture, with a budget that pays for a sample at least."""
-    nfe = max(nfe, strategy.least_nfe(num_steps))
+    nfe = max(nfe, strategy.least_evaluations(num_steps))
     (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
     return result.tree, result
 
@@ -70,7 +70,7 @@ def test_the_nfe_are_those_of_its_formula(strategy: DTS, num_steps: int, nfe: in
     assert result.spent.nfe == spent
     assert result.spent.previews == 0
     assert result.spent.decodes == len(result.finished)
-    assert strategy.least_nfe(num_steps) == tree.depth[result.finished[0].node] - 1
+    assert strategy.least_evaluations(num_steps) == tree.depth[result.finished[0].node] - 1
 
 
 @settings(max_examples=25)
@@ -148,11 +148,11 @@ def test_chance_belongs_to_the_problem() -> None:
 @settings(max_examples=25)
 @given(dtss, st.integers(1, 8), st.integers(1, 100))
 def test_the_budget_is_used_up(strategy: DTS, num_steps: int, nfe: int) -> None:
-    nfe = max(nfe, strategy.least_nfe(num_steps))
+    nfe = max(nfe, strategy.least_evaluations(num_steps))
     tree, result = tree_of(strategy, num_steps, nfe)
     if result.stop_reason == "budget":
         assert result.spent.nfe <= nfe
-        assert nfe - result.spent.nfe < strategy.least_nfe(num_steps)
+        assert nfe - result.spent.nfe < strategy.least_evaluations(num_steps)
     else:  # the law lets nothing in for a thousand visits
         assert result.stop_reason == "exhausted"
         assert tree.visit_count[ROOT] > 1000

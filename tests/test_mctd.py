@@ -28,7 +28,7 @@ each_kind = pytest.mark.parametrize("make", [small_environment, guided_environme
 
 def least_budget(strategy: MCTD, num_steps: int, nfe: int) -> int:
     """A budget that ``strategy`` accepts."""
-    return max(nfe, strategy.least_nfe(num_steps))
+    return max(nfe, strategy.least_evaluations(num_steps))
 
 
 def assert_visits_are_exact(result: SearchResult) -> None:

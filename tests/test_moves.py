@@ -45,7 +45,7 @@ class Asking:
     asks: Callable[[Problem], Asks]
     name: str = "asking"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         return 1
 
     def search(self, problem: Problem) -> Asks:

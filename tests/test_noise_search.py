@@ -90,7 +90,7 @@ def test_a_pass_spends_what_it_says(candidates: int, rounds: int, stride: int, s
     strategy = NoiseSearch(candidates=candidates, rounds=rounds, stride=stride)
     edges = -(-NUM_STEPS // stride)
     of_pass = 1 + (edges - 1) * candidates * rounds
-    assert strategy.least_nfe(NUM_STEPS) == of_pass
+    assert strategy.least_evaluations(NUM_STEPS) == of_pass
     passes = 1 + spare % 3
     result = run(strategy, passes * of_pass + min(spare, of_pass - 1))
     assert len(result.finished) == passes
@@ -186,7 +186,7 @@ def test_a_cost_budget_pays_for_values_too() -> None:
         assert PRICES.cost(result.spent) <= cost
         assert result.finished
     plain = 8 + PRICES.decode + PRICES.reward_call
-    assert run(NoiseSearch(stride=1), None, plain).spent.previews == 0  # as least_nfe says
+    assert run(NoiseSearch(stride=1), None, plain).spent.previews == 0  # as least_evaluations says
     with pytest.raises(BudgetError, match="cannot pay for one pass of noise search with its 29"):
         run(NoiseSearch(stride=1, candidates=4, rounds=1), None, 29 + 2.0)
 

@@ -62,7 +62,7 @@ def test_where_no_child_is_better_quotas_use_up_the_budget(
 ) -> None:
     strategy = Rollover(initial_share=initial_share, stride=stride, wave_size=wave_size)
     edges = -(-num_steps // stride)
-    assert strategy.least_nfe(num_steps) == edges
+    assert strategy.least_evaluations(num_steps) == edges
     assume(edges > 1)
     nfe = edges + extra
     result = run(strategy, nfe, num_steps, FallingEnvironment)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from mctd_diffusers.errors import (
     RewardError,
     SearchError,
 )
+from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
 from mctd_diffusers.search.budget import Budget
 from mctd_diffusers.search.environment import Asks, Release, Reply
 from mctd_diffusers.search.moves import complete, denoise, draw, finish_plainly, value
@@ -29,13 +30,25 @@ from mctd_diffusers.search.runner import (
     replay,
     run_search,
 )
-from mctd_diffusers.search.strategies import MCTD, Beam, BestOfN
+from mctd_diffusers.search.strategies import (
+    DTS,
+    MCTD,
+    SMC,
+    Beam,
+    BestOfN,
+    DraftRefine,
+    Evolution,
+    NoiseSearch,
+    Rollover,
+    TextbookMCTD,
+)
 from mctd_diffusers.search.tree import DRAW, ROOT, STEP, Tree, prune, to_json
 from tests.strategies import searches
 from tests.toys import (
     PRICES,
     CountingEnvironment,
     FailingEnvironment,
+    TwoCallEnvironment,
     problems_of,
     search,
     small_environment,
@@ -49,7 +62,7 @@ class Custom:
     steps: Callable[[Problem], Asks]
     name: str = "custom"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         return num_steps
 
     def search(self, problem: Problem) -> Asks:
@@ -77,7 +90,7 @@ def test_no_budget_is_ever_exceeded_and_the_ledger_is_the_truth(
 ) -> None:
     environment = small_environment(num_problems, num_steps, make=CountingEnvironment)
     assert isinstance(environment, CountingEnvironment)
-    if nfe < strategy.least_nfe(num_steps):
+    if nfe < strategy.least_evaluations(num_steps):
         with pytest.raises(BudgetError, match=f"a budget of {nfe} NFE"):
             search(strategy, environment, nfe=nfe)
         assert environment.sizes == []
@@ -94,9 +107,30 @@ def test_no_budget_is_ever_exceeded_and_the_ledger_is_the_truth(
 
 
 @settings(max_examples=40)
-@given(searches, st.integers(1, 6), st.floats(1, 90))
-def test_no_cost_budget_is_ever_exceeded(strategy: Strategy, num_steps: int, cost: float) -> None:
-    environment = small_environment(1, num_steps, prices=PRICES)
+@given(searches, st.integers(1, 6), st.integers(1, 100))
+def test_a_budget_pays_for_second_calls_too(strategy: Strategy, num_steps: int, nfe: int) -> None:
+    environment = small_environment(2, num_steps, make=TwoCallEnvironment)
+    least = 2 * strategy.least_evaluations(num_steps)
+    if nfe < least:
+        with pytest.raises(BudgetError, match=f"a budget of {nfe} NFE .* at least {least} NFE"):
+            search(strategy, environment, nfe=nfe)
+        assert environment.ledger.total.nfe == 0
+        return
+    results = search(strategy, environment, nfe=nfe)
+    for result in results:
+        tree = result.tree
+        edges = tree.evaluated & (tree.step_index > 0)
+        assert result.spent.nfe == tree.evaluated.sum() + edges.sum() <= nfe
+        assert result.best is not None
+
+
+@settings(max_examples=40)
+@given(searches, st.integers(1, 6), st.floats(1, 90), st.booleans())
+def test_no_cost_budget_is_ever_exceeded(
+    strategy: Strategy, num_steps: int, cost: float, takes_two_calls: bool
+) -> None:
+    make = TwoCallEnvironment if takes_two_calls else MixtureEnvironment
+    environment = small_environment(1, num_steps, make=make, prices=PRICES)
     try:
         (result,) = search(strategy, environment, nfe=None, cost=cost)
     except BudgetError:
@@ -145,9 +179,11 @@ def test_problems_need_their_own_index_and_a_schedule() -> None:
 @settings(max_examples=15)
 @given(searches, st.sampled_from((8, 20)))
 def test_a_search_is_the_same_alone_or_among_others(strategy: Strategy, nfe: int) -> None:
-    together = search(strategy, small_environment(3, 3), nfe=max(nfe, strategy.least_nfe(3)))
+    together = search(
+        strategy, small_environment(3, 3), nfe=max(nfe, strategy.least_evaluations(3))
+    )
     environment = small_environment(3, 3)
-    budget = Budget(nfe=max(nfe, strategy.least_nfe(3)))
+    budget = Budget(nfe=max(nfe, strategy.least_evaluations(3)))
     (alone,) = run_search(
         strategy, environment, problems_of(environment, budget, [1], strategy=strategy)
     )
@@ -272,7 +308,7 @@ def test_a_ledger_that_was_used_before_is_not_charged_again() -> None:
 @given(searches)
 def test_a_search_is_rebuilt_from_its_log(strategy: Strategy) -> None:
     environment = small_environment(1, 3)
-    nfe = max(14, strategy.least_nfe(3))
+    nfe = max(14, strategy.least_evaluations(3))
     (result,) = search(strategy, environment, nfe=nfe)
     (problem,) = problems_of(environment, Budget(nfe=nfe), strategy=strategy)
     assert replay(strategy, problem, result.replies) is None
@@ -354,6 +390,54 @@ def test_a_short_account_completes_in_longer_strides() -> None:
     strides = result.tree.stride[result.tree.move == STEP]
     assert strides.sum() == 7
     assert (result.tree.move == DRAW).sum() == 4
+
+
+def test_a_solver_of_single_steps_completes_only_what_the_account_pays_for() -> None:
+    def short(problem: Problem) -> Asks:
+        nodes = yield from draw(problem, 4)
+        yield from denoise(problem, nodes)
+        yield from complete(problem)
+
+    environment = small_environment(2, 7)
+    few, many = (
+        replace(problem, longest_stride=1, budget=Budget(nfe=nfe))
+        for problem, nfe in zip(problems_of(environment, Budget()), (9, 10), strict=True)
+    )
+    none, one = run_search(Custom(short), environment, [few, many])
+    assert none.finished == []
+    assert none.spent.nfe == 4
+    assert one.best is not None
+    assert one.spent.nfe == 10
+
+
+@pytest.mark.parametrize("seconds", [1, 3, 7])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        BestOfN(wave_size=2),
+        Beam(candidates=2),
+        DraftRefine(draft_stride=1),
+        DTS(),
+        Evolution(stride=1),
+        MCTD(strides=(1,)),
+        NoiseSearch(stride=1),
+        Rollover(),
+        SMC(),
+        TextbookMCTD(simulation_stride=1),
+    ],
+    ids=lambda s: s.name,
+)
+def test_searches_of_single_steps_always_leave_enough_to_complete(
+    strategy: Strategy, seconds: int
+) -> None:
+    environment = small_environment(1, 6, make=TwoCallEnvironment)
+    problems = [
+        replace(problem, longest_stride=1)
+        for problem in problems_of(environment, Budget(nfe=2 * strategy.least_evaluations(6)))
+    ]
+    (result,) = run_search(strategy, environment, problems, seconds=seconds, clock=Clock())
+    assert result.best is not None
+    assert result.tree.stride.max() == 1
 
 
 def test_ctrl_c_returns_the_best_finished_sample() -> None:

@@ -149,7 +149,7 @@ def test_a_search_stopped_at_any_wave_goes_on_as_if_never_stopped(
     first_stop: int,
     every: int,
 ) -> None:
-    budget = Budget(nfe=max(nfe, strategy.least_nfe(STEPS)))
+    budget = Budget(nfe=max(nfe, strategy.least_evaluations(STEPS)))
     whole_world = small_environment(2, STEPS)
     whole = run_search(strategy, whole_world, problems_of(whole_world, budget, strategy=strategy))
     folder = tmp_path_factory.mktemp("saved")

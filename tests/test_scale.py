@@ -154,7 +154,7 @@ def test_latents_of_pruned_nodes_are_released(unet: Any, vae: Any, choices: list
 @given(searches, st.integers(1, 25))
 def test_time_that_is_up_is_kept_within_one_wave(strategy: Strategy, seconds: int) -> None:
     environment = small_environment(2, 6)
-    budget = Budget(nfe=max(40, strategy.least_nfe(6)))
+    budget = Budget(nfe=max(40, strategy.least_evaluations(6)))
     waves: list[int] = []
     results = run_search(
         strategy,

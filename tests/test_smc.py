@@ -46,7 +46,7 @@ class Sampling:
     populations: dict[int, Population] = field(default_factory=dict)
     name: str = "sampling"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         return self.particles * num_steps
 
     def search(self, problem: Problem) -> Asks:
@@ -232,7 +232,7 @@ def test_it_spends_an_evaluation_for_each_particle_and_edge(
     )
     edges = -(-num_steps // stride)
     least = (particles or 1) * edges
-    assert strategy.least_nfe(num_steps) == least
+    assert strategy.least_evaluations(num_steps) == least
     nfe = least + extra
     (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
     count = particles or nfe // edges

@@ -32,6 +32,7 @@ from mctd_diffusers.search.strategies import (
     TextbookMCTD,
     resolve_strategy,
 )
+from mctd_diffusers.search.strides import HasLongestStride
 from mctd_diffusers.search.tree import (
     ROOT,
     STEP,
@@ -119,7 +120,7 @@ def test_more_budget_finds_no_less_on_average(name: str, world: str) -> None:
 def test_the_best_finished_sample_ever_seen_is_what_returns(
     strategy: Strategy, num_steps: int, nfe: int
 ) -> None:
-    nfe = max(nfe, strategy.least_nfe(num_steps))
+    nfe = max(nfe, strategy.least_evaluations(num_steps))
     (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
     tree = result.tree
     assert result.best is not None
@@ -135,7 +136,7 @@ def test_the_best_finished_sample_ever_seen_is_what_returns(
 def test_last_edges_are_plain_and_never_widened(
     strategy: Strategy, num_steps: int, nfe: int
 ) -> None:
-    nfe = max(nfe, strategy.least_nfe(num_steps))
+    nfe = max(nfe, strategy.least_evaluations(num_steps))
     (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
     tree = result.tree
     leaves = np.flatnonzero((tree.move == STEP) & (tree.step_index == num_steps))
@@ -148,7 +149,7 @@ def test_last_edges_are_plain_and_never_widened(
 @settings(max_examples=15)
 @given(searches, st.integers(2, 4), st.integers(2, 20))
 def test_stepping_by_hand_is_the_same_search(strategy: Strategy, num_steps: int, nfe: int) -> None:
-    nfe = max(nfe, strategy.least_nfe(num_steps))
+    nfe = max(nfe, strategy.least_evaluations(num_steps))
     (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
     environment = small_environment(1, num_steps)
     (problem,) = problems_of(environment, Budget(nfe=nfe), strategy=strategy)
@@ -215,7 +216,7 @@ def test_time_that_is_up_keeps_what_was_finished_until_then(name: str) -> None:
 def test_a_search_goes_on_from_its_log_and_its_saved_samples(
     strategy: Strategy, num_steps: int, nfe: int, share: float
 ) -> None:
-    nfe = max(nfe, strategy.least_nfe(num_steps))
+    nfe = max(nfe, strategy.least_evaluations(num_steps))
     environment = small_environment(1, num_steps)
     (whole,) = problems_of(environment, Budget(nfe=nfe), strategy=strategy)
     length = sum(1 for _ in step_by_hand(strategy, whole, environment))
@@ -245,7 +246,9 @@ def test_a_search_goes_on_from_its_log_and_its_saved_samples(
 def test_a_rerooted_tree_keeps_statistics_and_gives_out_the_same_seeds(
     strategy: Strategy, data: st.DataObject
 ) -> None:
-    (result,) = search(strategy, small_environment(1, 3), nfe=max(20, strategy.least_nfe(3)))
+    (result,) = search(
+        strategy, small_environment(1, 3), nfe=max(20, strategy.least_evaluations(3))
+    )
     tree = result.tree
     node = data.draw(st.integers(0, tree.num_nodes - 1))
     rows = subtree(tree, node)
@@ -264,7 +267,9 @@ def test_what_is_pruned_is_released_and_the_rest_goes_on_as_before(
     strategy: Strategy, data: st.DataObject
 ) -> None:
     worlds = [small_environment(1, 4) for _ in range(2)]
-    results = [search(strategy, world, nfe=max(16, strategy.least_nfe(4)))[0] for world in worlds]
+    results = [
+        search(strategy, world, nfe=max(16, strategy.least_evaluations(4)))[0] for world in worlds
+    ]
     tree = results[0].tree
     children = [node for node in tree.children(ROOT) if len(tree.children(ROOT)) > 1]
     if not children:
@@ -414,6 +419,21 @@ def test_a_setting_that_cannot_work_is_refused_by_name_and_value(
 ) -> None:
     with pytest.raises(ConfigError, match=f"^{setting} is {wrong}; "):
         kind(**{setting: wrong})
+
+
+@settings(max_examples=60)
+@given(searches, st.integers(1, 9), st.integers(1, 40))
+def test_no_edge_is_longer_than_a_strategy_says_beforehand(
+    strategy: Strategy, num_steps: int, nfe: int
+) -> None:
+    assert isinstance(strategy, HasLongestStride)
+    longest = strategy.longest_stride(num_steps)
+    environment = small_environment(1, num_steps)
+    (result,) = search(strategy, environment, nfe=max(nfe, strategy.least_evaluations(num_steps)))
+    taken = result.tree.stride.max()
+    assert taken <= longest <= num_steps
+    if not isinstance(strategy, MCTD):  # whose plan depends on the budget
+        assert taken == longest or isinstance(strategy, (BestOfN, DraftRefine, TextbookMCTD))
 
 
 @pytest.mark.parametrize("strides", [(), (2, 4), (0, 1), (1, -1)])

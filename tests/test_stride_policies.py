@@ -242,7 +242,7 @@ def reasons_of(result: SearchResult) -> set[str]:
 def test_every_sample_takes_exactly_its_evaluations(
     strategy: BestOfN, num_steps: int, nfe: int
 ) -> None:
-    edges = strategy.least_nfe(num_steps)
+    edges = strategy.least_evaluations(num_steps)
     assert edges == min(strategy.evaluations or 0, num_steps)
     (result,) = search(strategy, small_environment(1, num_steps), nfe=max(nfe, edges))
     for sample in result.finished:
@@ -291,7 +291,7 @@ def test_strides_can_be_bounded() -> None:
     (result,) = search(strategy, small_environment(1, 12), nfe=10)
     assert steps_of(result, result.finished[0].node) == [4, 4, 2, 1, 1]
     with pytest.raises(ScheduleError, match=r"2 edges .* cannot cross exactly 12 steps; take 3, 4"):
-        BestOfN(evaluations=2, strides=(1, 2, 4)).least_nfe(12)
+        BestOfN(evaluations=2, strides=(1, 2, 4)).least_evaluations(12)
     with pytest.raises(ScheduleError, match=r"strides are \(2, 0\)"):
         BestOfN(evaluations=2, strides=(2, 0))
 
@@ -412,7 +412,7 @@ def test_rollouts_of_a_fixed_stride_take_it() -> None:
 def test_edges_are_planned_by_what_they_resolve() -> None:
     strides = (1, 2, 4)
 
-    def plan(deviation_of: Any, nfe: int = 40) -> int:
+    def plan(deviation_of: Any, evaluations: int = 40) -> int:
         costs = tuple(
             tuple(-deviation_of(start, k) if start + k <= 16 else math.inf for k in strides)
             for start in range(16)
@@ -420,7 +420,7 @@ def test_edges_are_planned_by_what_they_resolve() -> None:
         to_go = cost_to_go(without_last_edge(costs, strides), strides, 16)[0]
         planned = plan_rollout(
             16,
-            nfe,
+            evaluations,
             allowed=strides,
             shape="budget",
             brake_nats=100.0,
@@ -428,7 +428,7 @@ def test_edges_are_planned_by_what_they_resolve() -> None:
             resolved=tuple((-to_go).tolist()),
         )
         assert planned is not None
-        assert planned.nfe <= nfe
+        assert planned.evaluations <= evaluations
         return len(planned.strides)
 
     # Steps that resolve alike are worth many edges; if all is resolved at first, one selects.

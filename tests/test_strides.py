@@ -49,7 +49,7 @@ def test_every_cut_crosses_the_schedule(
 )
 def test_a_plan_keeps_its_budget_and_its_brake(
     num_steps: int,
-    nfe: int,
+    evaluations: int,
     allowed: tuple[int, ...],
     shape: PlanShape,
     brake: float,
@@ -58,7 +58,7 @@ def test_a_plan_keeps_its_budget_and_its_brake(
 ) -> None:
     plan = plan_rollout(
         num_steps,
-        nfe,
+        evaluations,
         allowed=allowed,
         shape=shape,
         brake_nats=brake,
@@ -70,7 +70,7 @@ def test_a_plan_keeps_its_budget_and_its_brake(
         return
     check_strides(plan.strides, num_steps)
     assert len(plan.strides) == len(plan.candidates) >= min(edges, num_steps)
-    assert plan.nfe <= nfe
+    assert plan.evaluations <= evaluations
     assert plan.candidates[-1] == 1
     assert min(plan.candidates) >= 1
     assert sum(math.log(count) for count in plan.candidates) <= brake + 1e-9
@@ -82,13 +82,13 @@ def test_more_budget_buys_finer_strides_and_more_candidates() -> None:
     plans = [
         plan_rollout(
             16,
-            nfe,
+            evaluations,
             allowed=(1, 2, 4),
             shape="budget",
             brake_nats=30,
             edge_gain=0.4,
         )
-        for nfe in (16, 32, 64, 128)
+        for evaluations in (16, 32, 64, 128)
     ]
     edges = [len(plan.strides) for plan in plans if plan]
     counts = [plan.candidates[0] for plan in plans if plan]

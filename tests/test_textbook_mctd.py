@@ -33,7 +33,7 @@ def guided_environment(num_steps: int) -> MixtureEnvironment:
 
 def run(strategy: TextbookMCTD, num_steps: int, nfe: int) -> SearchResult:
     """A search of a small mixture, with a budget that pays for a sample at least."""
-    nfe = max(nfe, strategy.least_nfe(num_steps))
+    nfe = max(nfe, strategy.least_evaluations(num_steps))
     (result,) = search(strategy, small_environment(1, num_steps), nfe=nfe)
     return result
 
@@ -131,7 +131,7 @@ def test_selection_is_the_formula_of_the_paper(exploration: float) -> None:
 @settings(max_examples=25)
 @given(textbook_mctds, st.integers(1, 10), st.integers(1, 90))
 def test_each_action_is_taken_once(strategy: TextbookMCTD, num_steps: int, nfe: int) -> None:
-    nfe = max(nfe, strategy.least_nfe(num_steps))
+    nfe = max(nfe, strategy.least_evaluations(num_steps))
     (result,) = search(strategy, guided_environment(num_steps), nfe=nfe)
     tree = result.tree
     for node in range(1, tree.num_nodes):
@@ -175,15 +175,15 @@ def test_the_nfe_are_those_of_its_formula(strategy: TextbookMCTD, num_steps: int
     assert result.spent.nfe == spent
     assert result.spent.previews == 0
     assert result.spent.decodes == len(result.finished)
-    assert strategy.least_nfe(num_steps) == math.ceil(num_steps / jump)
+    assert strategy.least_evaluations(num_steps) == math.ceil(num_steps / jump)
 
 
 @settings(max_examples=25)
 @given(textbook_mctds, st.integers(1, 10), st.integers(1, 90))
 def test_the_budget_is_used_up(strategy: TextbookMCTD, num_steps: int, nfe: int) -> None:
-    nfe = max(nfe, strategy.least_nfe(num_steps))
+    nfe = max(nfe, strategy.least_evaluations(num_steps))
     result = run(strategy, num_steps, nfe)
-    dearest = math.ceil(num_steps / strategy.depth) + strategy.least_nfe(num_steps)
+    dearest = math.ceil(num_steps / strategy.depth) + strategy.least_evaluations(num_steps)
     assert nfe - dearest < result.spent.nfe <= nfe
     assert result.stop_reason == "budget"
 

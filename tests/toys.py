@@ -11,7 +11,7 @@ import numpy as np
 from mctd_diffusers.evaluation.ground_truth import LinearReward, Mixture, QuadraticReward
 from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
 from mctd_diffusers.search.budget import Budget
-from mctd_diffusers.search.environment import Action, Handles, Prices, Seeds, Values
+from mctd_diffusers.search.environment import Action, Counts, Handles, Prices, Seeds, Values
 from mctd_diffusers.search.runner import Problem, SearchResult, Strategy, run_search
 from mctd_diffusers.search.seeding import root_seed_of
 from mctd_diffusers.search.strategies import MCTD, BestOfN
@@ -71,6 +71,7 @@ def problems_of(
             budget=budget,
             prices=environment.ledger.prices,
             rows_per_nfe=environment.rows_per_nfe,
+            calls_per_step=2 if isinstance(environment, TwoCallEnvironment) else 1,
             guidance_scale=environment.guidance_scale,
             stride_costs=stride_costs_of(strategy, environment.num_steps),
         )
@@ -180,6 +181,20 @@ class CountingEnvironment(MixtureEnvironment):
     def total(self, kind: str) -> int:
         """Samples over all calls of one kind."""
         return sum(size for name, size in self.sizes if name == kind)
+
+
+class TwoCallEnvironment(MixtureEnvironment):
+    """Charges a second call for every edge before a sample that is evaluated, as Heun does."""
+
+    def denoise(self, handles: Handles) -> None:
+        rows = np.unique(handles)
+        behind = rows[~self._evaluated[rows] & (self._step_index[rows] > 0)]
+        super().denoise(handles)
+        self.ledger.charge(self._problem[behind], Counts(nfe=1, rows=self.rows_per_nfe))
+
+    def step_price(self, parents: Handles, actions: Sequence[Action]) -> Counts:
+        ends = self._step_index[parents] + [action.stride for action in actions]
+        return Counts(nfe=1, rows=self.rows_per_nfe) * int((ends < self.num_steps).sum())
 
 
 class FailingEnvironment(MixtureEnvironment):

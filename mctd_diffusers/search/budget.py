@@ -57,10 +57,15 @@ class Budget:
 class Account:
     """How much of a budget is spent, and what the rest can pay.
 
+    Strategies count *evaluations* of samples, each of which is paid for in NFE: one, or two where
+    the solver takes a second call on the edge that leads to the sample. Only here is one told from
+    the other. What is spent is what was metered, which is less where an edge does with one call.
+
     Args:
         budget: what may be spent.
         prices: the price list by which cost is counted.
         rows_per_nfe: rows of one NFE: 2 with guidance, else 1.
+        calls_per_step: NFE of an evaluation, with the edge before it: 1, or 2.
         value_spends: what valuing one unfinished sample spends.
         reward_spends: what scoring one finished sample spends.
     """
@@ -70,12 +75,14 @@ class Account:
         budget: Budget,
         prices: Prices,
         rows_per_nfe: int = 1,
+        calls_per_step: int = 1,
         value_spends: Counts = VALUE_SPENDS,
         reward_spends: Counts = REWARD_SPENDS,
     ) -> None:
         self.budget = budget
         self.prices = prices
         self.rows_per_nfe = rows_per_nfe
+        self.calls_per_step = calls_per_step
         self.value_spends = value_spends
         self.reward_spends = reward_spends
         self.spent = Counts()
@@ -86,8 +93,9 @@ class Account:
         """Set what has been spent so far, as the latest reply says."""
         self.spent = spent
 
-    def price(self, *, nfe: int = 0, values: int = 0, rewards: int = 0) -> Counts:
+    def price(self, *, evaluations: int = 0, values: int = 0, rewards: int = 0) -> Counts:
         """What so many evaluations, valued unfinished samples and scored finished ones spend."""
+        nfe = evaluations * self.calls_per_step
         price = Counts(nfe=nfe, rows=nfe * self.rows_per_nfe)
         if values:
             price += self.value_spends * values
@@ -125,11 +133,11 @@ class Account:
             count -= 1
         return max(count, 0)
 
-    def nfe_left_for(self, *, values_per_nfe: float = 1.0, rewards: int = 1) -> int:
+    def evaluations_left_for(self, *, values_per_evaluation: float = 1.0, rewards: int = 1) -> int:
         """Evaluations that the tighter bound still pays, together with what comes with them.
 
         Args:
-            values_per_nfe: valued samples per evaluation, 0 for a strategy that values none.
+            values_per_evaluation: valued samples for each, 0 for a strategy that values none.
             rewards: finished samples that must still be scored.
 
         Returns:
@@ -137,14 +145,15 @@ class Account:
         """
         left = UNLIMITED
         if self.budget.nfe is not None:
-            left = self.budget.nfe - self.spent.nfe
+            left = (self.budget.nfe - self.spent.nfe) // self.calls_per_step
         if self.budget.cost is not None:
             cost = self.budget.cost - self.prices.cost(self.spent) - rewards * self._reward_cost
-            each = self.rows_per_nfe + values_per_nfe * self._value_cost
+            rows = self.rows_per_nfe * self.calls_per_step
+            each = rows + values_per_evaluation * self._value_cost
             left = min(left, math.floor((cost + _ROUNDING) / each))
         return max(left, 0)
 
     @property
-    def nfe_left(self) -> int:
+    def evaluations_left(self) -> int:
         """Evaluations left when each is valued and one finished sample is scored."""
-        return self.nfe_left_for()
+        return self.evaluations_left_for()

@@ -80,7 +80,8 @@ class Counts:
     """What was spent, in useful work (padding is in ``padded_rows`` alone).
 
     Attributes:
-        nfe: denoiser evaluations of one latent; with guidance one NFE is two rows.
+        nfe: denoiser evaluations of one latent, the second calls of two-call solvers included; with
+            guidance one NFE is two rows.
         rows: useful rows through the network.
         padded_rows: rows added to fill a chunk.
         calls: calls of the network.
@@ -194,7 +195,10 @@ class Reset:
 
 @dataclass(frozen=True)
 class Denoise:
-    """Evaluate unfinished samples: one NFE for each not yet evaluated. Reply: ``None``."""
+    """Evaluate unfinished samples that are not evaluated yet. Reply: ``None``.
+
+    1 NFE each, and what the edges that led to them cost (`Environment.step_price`).
+    """
 
     handles: Handles
 
@@ -312,7 +316,7 @@ class Environment(Protocol):
         ...
 
     def denoise(self, handles: Handles) -> None:
-        """Evaluate samples that are not yet evaluated; 1 NFE each."""
+        """Evaluate samples that are not yet evaluated; 1 NFE each, and what their edges cost."""
         ...
 
     def step(self, parents: Handles, actions: Sequence[Action], seeds: Seeds) -> Handles:
@@ -320,7 +324,11 @@ class Environment(Protocol):
         ...
 
     def step_price(self, parents: Handles, actions: Sequence[Action]) -> Counts:
-        """What a ``step`` costs beyond the parents' evaluation: 0, or 1 NFE (two-call solvers)."""
+        """What edges cost beyond their parents' evaluation, all in all.
+
+        Nothing, or 1 NFE each where the solver takes a second call in the middle. It is spent once
+        the child is needed, by whatever evaluates or scores it first.
+        """
         ...
 
     def value(self, handles: Handles, guidances: Sequence[float | None] | None = None) -> Values:

@@ -305,7 +305,8 @@ def finish_plainly(problem: Problem, nodes: Sequence[int]) -> Asks:
     the longest strides that it pays for are used, coarsest last.
 
     Returns:
-        The rows of the finished nodes, in order.
+        The rows of the finished nodes, in order; none where the solver cannot step as far as the
+        account asks.
     """
     tree = problem.tree
     nodes = list(nodes)
@@ -314,10 +315,12 @@ def finish_plainly(problem: Problem, nodes: Sequence[int]) -> Asks:
         yield from denoise_missing(problem, nodes)
         stride = 1
         if not problem.account.affords(
-            problem.account.price(nfe=(left - 1) * len(nodes), rewards=len(nodes))
+            problem.account.price(evaluations=(left - 1) * len(nodes), rewards=len(nodes))
         ):
-            paid = problem.account.nfe_left_for(values_per_nfe=0, rewards=len(nodes))
+            paid = problem.account.evaluations_left_for(values_per_evaluation=0, rewards=len(nodes))
             stride = -(-left // (paid // len(nodes) + 1))
+            if problem.longest_stride is not None and stride > problem.longest_stride:
+                return []
         nodes = yield from step(problem, nodes, stride=stride, eta=None)
         left -= stride
         if left == 0:

@@ -22,6 +22,9 @@ class Problem:
         budget: what may be spent on it.
         prices: the price list by which cost is counted.
         rows_per_nfe: 2 where guidance doubles the rows, else 1.
+        calls_per_step: NFE of an evaluation with the edge before it: 2 where the solver takes two
+            network calls a step, else 1.
+        longest_stride: the longest that the solver can step; ``None`` for any.
         guidance_scale: the call's scale of guidance, where moves may name another; else ``None``.
         value_spends: what valuing one unfinished sample spends.
         reward_spends: what scoring one finished sample spends.
@@ -38,6 +41,8 @@ class Problem:
     budget: Budget
     prices: Prices = field(default_factory=Prices)
     rows_per_nfe: int = 1
+    calls_per_step: int = 1
+    longest_stride: int | None = None
     guidance_scale: float | None = None
     value_spends: Counts = VALUE_SPENDS
     reward_spends: Counts = REWARD_SPENDS
@@ -51,7 +56,12 @@ class Problem:
         if self.stride_costs is not None:
             _check_stride_costs(self.stride_costs, self.num_steps)
         account = Account(
-            self.budget, self.prices, self.rows_per_nfe, self.value_spends, self.reward_spends
+            self.budget,
+            self.prices,
+            self.rows_per_nfe,
+            self.calls_per_step,
+            self.value_spends,
+            self.reward_spends,
         )
         object.__setattr__(self, "tree", Tree(self.root_seed))
         object.__setattr__(self, "account", account)

@@ -85,8 +85,11 @@ class Strategy(Protocol):
         """Its name in the table of strategies."""
         ...
 
-    def least_nfe(self, num_steps: int) -> int:
-        """Fewest evaluations with which it can finish one sample."""
+    def least_evaluations(self, num_steps: int) -> int:
+        """Fewest evaluations of samples with which it can finish one.
+
+        The account knows how many NFE one is, see :class:`~mctd_diffusers.search.budget.Account`.
+        """
         ...
 
     def search(self, problem: Problem) -> Asks:
@@ -281,16 +284,16 @@ def check_budget(strategy: Strategy, problem: Problem) -> None:
     Raises:
         BudgetError: names the budget, the least that works and the cure.
     """
-    least = strategy.least_nfe(problem.num_steps)
-    price = problem.account.price(nfe=least, rewards=1)
+    least = strategy.least_evaluations(problem.num_steps)
+    price = problem.account.price(evaluations=least, rewards=1)
     if problem.account.affords(price):
         return
     budget = problem.budget
-    if budget.nfe is not None and budget.nfe < least:
+    if budget.nfe is not None and budget.nfe < price.nfe:
         raise BudgetError(
             f"a budget of {budget.nfe} NFE cannot finish one sample: {strategy.name!r} over "
-            f"{problem.num_steps} steps needs at least {least} NFE; raise the budget, or use fewer "
-            "steps."
+            f"{problem.num_steps} steps needs at least {price.nfe} NFE; raise the budget, or use "
+            "fewer steps."
         )
     raise BudgetError(
         f"a cost budget of {budget.cost:g} row-equivalents cannot finish one sample: "
@@ -479,20 +482,19 @@ class _Image:
         return self._open
 
     def _check_affordable(self) -> None:
-        nfe = values = rewards = 0
+        evaluations = values = rewards = 0
         for leaf in self._open:
             if leaf.kind is Denoise:
-                nfe += leaf.size
+                evaluations += leaf.size
             elif leaf.kind is Value:
                 values += leaf.size
             elif leaf.kind is Reward:
                 rewards += leaf.size
         account = self.problem.account
-        if (nfe or values or rewards) and not account.affords(
-            account.price(nfe=nfe, values=values, rewards=rewards)
-        ):
+        price = account.price(evaluations=evaluations, values=values, rewards=rewards)
+        if (evaluations or values or rewards) and not account.affords(price):
             raise SearchError(
-                f"strategy {self._name!r} asks for {nfe} NFE, {values} values and {rewards} "
+                f"strategy {self._name!r} asks for {price.nfe} NFE, {values} values and {rewards} "
                 f"rewards on image {self.problem.index}, with {account.spent.nfe} NFE spent of "
                 f"{account.budget}; ask account.affords() first.",
             )

@@ -6,13 +6,22 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Final, Literal, NamedTuple, TypeAlias, get_args
+from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
 
 from mctd_diffusers.errors import ScheduleError
 
 PlanShape: TypeAlias = Literal["budget", "fine_to_coarse", "constant"]
 """Where the long strides of a planned rollout stand: early, late, or everywhere alike."""
 PLAN_SHAPES: Final[tuple[PlanShape, ...]] = get_args(PlanShape)
+
+
+@runtime_checkable
+class HasLongestStride(Protocol):
+    """A strategy that says beforehand how far it steps, for solvers that cannot step far."""
+
+    def longest_stride(self, num_steps: int) -> int:
+        """Longest stride of its edges, in schedule steps."""
+        ...
 
 
 class Plan(NamedTuple):
@@ -27,7 +36,7 @@ class Plan(NamedTuple):
     candidates: tuple[int, ...]
 
     @property
-    def nfe(self) -> int:
+    def evaluations(self) -> int:
         """Evaluations: all candidates but the finished."""
         return sum(self.candidates[:-1])
 
@@ -115,7 +124,7 @@ def expected_maximum(candidates: float) -> float:
 @lru_cache(maxsize=16384)
 def plan_rollout(
     num_steps: int,
-    nfe: int,
+    evaluations: int,
     *,
     allowed: tuple[int, ...],
     shape: PlanShape,
@@ -125,7 +134,7 @@ def plan_rollout(
     least_edges: int = 1,
     resolved: tuple[float, ...] | None = None,
 ) -> Plan | None:
-    """Cut what is left of the schedule and share out candidates, for the most selection per NFE.
+    """Cut what is left of the schedule and share out candidates, for the most selection.
 
     Choosing the best of ``M`` on each of ``S`` edges gains about ``S ** edge_gain *
     expected_maximum(M)``: a half if all edges resolved equally much of the reward, less since early
@@ -133,11 +142,11 @@ def plan_rollout(
     best of ``M`` children of a sample gains ``expected_maximum(M)`` times the deviation of their
     values, ``sqrt(Var(V_child | x))``, so a rollout gains ``expected_maximum(M)`` times the sum of
     these deviations over the edges that select. Among the cuts of a shape, the one with the highest
-    gain is taken; NFE that do not divide go to the late edges.
+    gain is taken; evaluations that do not divide go to the late edges.
 
     Args:
         num_steps: schedule steps left, at least 1; the node they leave is evaluated already.
-        nfe: evaluations that may be spent.
+        evaluations: that may be spent.
         allowed: strides to choose from.
         shape: where long strides stand.
         brake_nats: bound on the sum of the log of candidates.
@@ -148,25 +157,26 @@ def plan_rollout(
             infinity where so many cannot be taken. ``None`` for the power.
 
     Returns:
-        The plan, ``plan.nfe <= nfe``; ``None`` if not even single candidates are paid for.
+        The plan, of at most so many evaluations; ``None`` if not even single candidates are paid
+            for.
     """
     best: tuple[float, Plan] | None = None
     for strides in stride_choices(num_steps, allowed, shape):
         selections = len(strides) - 1
         if resolved is not None and resolved[len(strides)] == -math.inf:
             continue
-        if selections + 1 < min(least_edges, num_steps) or selections > nfe:
+        if selections + 1 < min(least_edges, num_steps) or selections > evaluations:
             continue
         if selections == 0:
             plan, mean = Plan(strides, (1,)), 1.0
         else:
-            mean = min(nfe / selections, math.exp(min(brake_nats / selections, 20.0)))
+            mean = min(evaluations / selections, math.exp(min(brake_nats / selections, 20.0)))
             if candidates is not None:
                 if candidates > mean:
                     continue
                 mean = candidates
             extra = int(mean * selections) - int(mean) * selections
-            if int(mean) * selections + extra > nfe:
+            if int(mean) * selections + extra > evaluations:
                 extra = 0
             counts = [int(mean)] * (selections - extra) + [int(mean) + 1] * extra
             while sum(math.log(count) for count in counts) > brake_nats and extra:

@@ -27,9 +27,9 @@ class WithPlain:
         """Name of the strategy."""
         return self.strategy.name
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         """Fewest evaluations of either."""
-        return min(num_steps, self.strategy.least_nfe(num_steps))
+        return min(num_steps, self.strategy.least_evaluations(num_steps))
 
     def search(self, problem: Problem) -> Asks:
         """Coroutine of the one or the other."""

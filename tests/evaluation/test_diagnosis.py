@@ -53,7 +53,7 @@ class Greedy:
     mistaken_at: int | None = None
     name: str = "greedy"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         return self.children * num_steps
 
     def search(self, problem: Problem) -> Asks:
@@ -216,7 +216,7 @@ def test_every_search_can_be_diagnosed(
     strategy: Strategy, nfe: int, top_gold: float | None
 ) -> None:
     environment = world()
-    nfe = max(nfe, strategy.least_nfe(NUM_STEPS))
+    nfe = max(nfe, strategy.least_evaluations(NUM_STEPS))
     result = searched(strategy, environment, nfe)
     ledger, spent = environment.ledger.total, result.spent
     other = QuadraticReward(np.ones(3), np.zeros(3))

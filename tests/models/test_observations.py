@@ -188,7 +188,7 @@ class Lopsided:
 
     name = "lopsided"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         return num_steps
 
     def search(self, problem: Problem) -> Asks:

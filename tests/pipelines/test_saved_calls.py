@@ -199,7 +199,7 @@ class Plain:
 
     name: str = "plain"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         return num_steps
 
     def search(self, problem: Problem) -> Asks:

@@ -175,7 +175,7 @@ def test_a_plain_winner_is_handed_back_with_its_recipe(pipe: MCTDPipeline) -> No
 
         name = "worse"
 
-        def least_nfe(self, num_steps: int) -> int:
+        def least_evaluations(self, num_steps: int) -> int:
             return num_steps
 
         def search(self, problem: Problem) -> Asks:
@@ -228,7 +228,7 @@ class EveryMove:
 
     name: str = "every_move"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         return 8
 
     def search(self, problem: Problem) -> Asks:
@@ -527,7 +527,7 @@ def test_an_image_that_had_no_time_to_finish_is_none(pipe: MCTDPipeline) -> None
 
         name = "uneven"
 
-        def least_nfe(self, num_steps: int) -> int:
+        def least_evaluations(self, num_steps: int) -> int:
             return num_steps
 
         def search(self, problem: Problem) -> Asks:

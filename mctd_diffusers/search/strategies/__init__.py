@@ -83,7 +83,7 @@ def resolve_strategy(search: str | Strategy) -> Strategy:
         hint = "".join(f"did you mean {name!r}? " for name in names if _plain(name) in near)
         raise ConfigError(f"no search is named {search!r}; {hint}the names are {', '.join(names)}.")
     if isinstance(search, type) or not all(
-        hasattr(search, part) for part in ("name", "least_nfe", "search")
+        hasattr(search, part) for part in ("name", "least_evaluations", "search")
     ):
         raise ConfigError(
             f"search is {search!r}; give a name ({', '.join(names)}) or a strategy object such as "

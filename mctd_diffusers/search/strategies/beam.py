@@ -7,9 +7,9 @@ Three published methods are settings of it:
 - CoDe (Singh et al., 2025, arXiv 2502.00968): one kept state, longer blocks.
 - TreeG-SC (Guo et al., 2025, arXiv 2502.11420): the best ``A = width`` of ``A x K`` children.
 
-A pass takes ``A + (n - 1) A K`` NFE for n edges. That is less than their own code spends, since the
-evaluation by which a child was valued also steps it: SVDD counts ``n + (n - 1) K``, and CoDe, whose
-copies of one state are evaluated apart, ``K n + K (n / block - 1)``.
+A pass takes ``A + (n - 1) A K`` evaluations for n edges. That is less than their own code spends,
+since the evaluation by which a child was valued also steps it: SVDD counts ``n + (n - 1) K``, and
+CoDe, whose copies of one state are evaluated apart, ``K n + K (n / block - 1)``.
 """
 
 from __future__ import annotations
@@ -71,16 +71,20 @@ class Beam:
         """Its name in the table of strategies."""
         return "beam"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         """One pass with the candidates asked for, or with one."""
-        return self._pass_nfe(num_steps, self.candidates or 1)
+        return self._pass_evaluations(num_steps, self.candidates or 1)
+
+    def longest_stride(self, num_steps: int) -> int:
+        """Longest stride of its edges."""
+        return min(self.stride, num_steps)
 
     def search(self, problem: Problem) -> Asks:
         """Passes until the budget pays for none."""
         generator = generator_for(problem, "beam")
         candidates = self._pass_candidates(problem)
         if candidates is None:
-            least = self._pass_nfe(problem.num_steps, self.candidates or 1)
+            least = self._pass_evaluations(problem.num_steps, self.candidates or 1)
             raise BudgetError(
                 f"{problem.budget} cannot pay for one pass of the beam with its {least} valued "
                 f"evaluations over {problem.num_steps} steps; raise the budget, or use fewer "
@@ -121,7 +125,7 @@ class Beam:
             values = values + self.temperature * generator.gumbel(size=len(values))
         return best_first(values)
 
-    def _pass_nfe(self, num_steps: int, candidates: int) -> int:
+    def _pass_evaluations(self, num_steps: int, candidates: int) -> int:
         """Evaluations of one pass: the draws, and all candidates at each level but the finished."""
         num_edges = len(constant_strides(num_steps, self.stride))
         return self.width + (num_edges - 1) * self.width * candidates
@@ -133,20 +137,21 @@ class Beam:
         account = problem.account
 
         def affords(candidates: int) -> bool:
-            nfe = self._pass_nfe(problem.num_steps, candidates)
+            evaluations = self._pass_evaluations(problem.num_steps, candidates)
             last_block = num_edges - num_selections * self.block
             finished = self.width * (candidates if last_block > 1 else 1)
             values = self.width * candidates * num_selections
-            return account.affords(account.price(nfe=nfe, values=values, rewards=finished))
+            price = account.price(evaluations=evaluations, values=values, rewards=finished)
+            return account.affords(price)
 
         if self.candidates is not None:
             return self.candidates if affords(self.candidates) else None
         if num_edges == 1:
             return 1 if affords(1) else None
         most = math.exp(min(self.brake_nats / max(num_selections, 1), 20.0))
-        if account.nfe_left == UNLIMITED:
+        if account.evaluations_left == UNLIMITED:
             return max(1, min(int(most), _DEFAULT_CANDIDATES))
-        paid = (account.nfe_left / self.width - 1) / (num_edges - 1)
+        paid = (account.evaluations_left / self.width - 1) / (num_edges - 1)
         passes = math.ceil(paid / most) if paid > most else 1
         candidates = max(1, min(int(paid / passes), int(most)))
         while candidates and not affords(candidates):

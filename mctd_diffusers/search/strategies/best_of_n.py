@@ -12,6 +12,7 @@ from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.settings import check_setting
 from mctd_diffusers.search.stride_policies import (
     StridePolicy,
+    admissible_strides,
     check_costs,
     check_edges,
     parse_stride_policy,
@@ -76,13 +77,20 @@ class BestOfN:
         """Its name in the table of strategies."""
         return "best_of_n"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         """One plain sample."""
         if self.evaluations is None:
             return len(constant_strides(num_steps, self.stride))
         edges = min(self.evaluations, num_steps)
         check_edges(self.stride_set(num_steps), num_steps, edges)
         return edges
+
+    def longest_stride(self, num_steps: int) -> int:
+        """Longest stride of its edges."""
+        if self.evaluations is None:
+            return min(self.stride, num_steps)
+        edges = self.least_evaluations(num_steps)
+        return admissible_strides(self.stride_set(num_steps), num_steps, edges)[-1]
 
     @property
     def policy(self) -> StridePolicy:
@@ -95,11 +103,11 @@ class BestOfN:
 
     def search(self, problem: Problem) -> Asks:
         """Draw, finish, score; waves of samples until ``n`` or the budget is reached."""
-        edges = self.least_nfe(problem.num_steps)
+        edges = self.least_evaluations(problem.num_steps)
         strides = self.stride_set(problem.num_steps)
         check_costs(problem.stride_costs, self.policy, strides)
         account = problem.account
-        sample = account.price(nfe=edges, rewards=1)
+        sample = account.price(evaluations=edges, rewards=1)
         drawn = 0
         while self.n is None or drawn < self.n:
             wanted = self.wave_size if self.n is None else min(self.wave_size, self.n - drawn)

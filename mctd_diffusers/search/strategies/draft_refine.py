@@ -70,9 +70,14 @@ class DraftRefine:
         """Its name in the table of strategies."""
         return "draft_refine"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         """One draft."""
         return len(self._course(num_steps).draft)
+
+    def longest_stride(self, num_steps: int) -> int:
+        """Longest stride of its edges."""
+        course = self._course(num_steps)
+        return max((*course.draft, *course.refined))
 
     def search(self, problem: Problem) -> Asks:
         """Draft, select, refine; again only where no budget ends it."""
@@ -107,13 +112,16 @@ class DraftRefine:
     def _shares(self, problem: Problem, course: _Course) -> tuple[int, int]:
         """Drafts and refined samples of a round, with which what is left is used up."""
         account = problem.account
-        draft = account.price(nfe=len(course.draft), rewards=1)
+        draft = account.price(evaluations=len(course.draft), rewards=1)
         # The state that a refined sample resumes from is evaluated.
-        refined = account.price(nfe=max(len(course.refined) - 1, 0), rewards=1)
+        refinement = max(len(course.refined) - 1, 0)
+        refined = account.price(evaluations=refinement, rewards=1)
 
         def is_paid(count: int) -> bool:
             whole = Fraction(count) / Fraction(self.refine_share)  # whose share is the reserve
-            reserve = account.price(nfe=math.ceil(whole * refined.nfe), rewards=math.ceil(whole))
+            reserve = account.price(
+                evaluations=math.ceil(whole * refinement), rewards=math.ceil(whole)
+            )
             return account.affords(reserve) and account.affords((draft + refined) * count)
 
         num_refined = self.refine if course.refined and self.refine_share else 0

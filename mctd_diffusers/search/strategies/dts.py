@@ -108,9 +108,13 @@ class DTS:
         """Its name in the table of strategies."""
         return "dts"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         """One rollout."""
         return self._course(num_steps).num_edges
+
+    def longest_stride(self, num_steps: int) -> int:
+        """Longest stride of its edges."""
+        return max(self._course(num_steps).strides.values())
 
     def search(self, problem: Problem) -> Asks:
         """Waves of simulations until the budget pays for none."""
@@ -162,24 +166,26 @@ class DTS:
         """Nodes to simulate from on this snapshot; their virtual visits are to be settled."""
         tree = growth.problem.tree
         wave: list[int] = []
-        nfe = 0
+        evaluations = 0
         for _ in range(self.wave_size):
-            node = self._select(growth, wave, nfe)
+            node = self._select(growth, wave, evaluations)
             if node is None:
                 break
             add_virtual_visit(tree, node)
             wave.append(node)
-            nfe += growth.course.price(tree, node)
+            evaluations += growth.course.price(tree, node)
         return wave
 
-    def _select(self, growth: _Growth, wave: list[int], nfe: int) -> int | None:
+    def _select(self, growth: _Growth, wave: list[int], evaluations: int) -> int | None:
         """Descend to a node to widen or to a finished sample; ``None`` if nothing is paid for.
 
-        ``wave`` holds the nodes chosen before, which will spend ``nfe``.
+        ``wave`` holds the nodes chosen before, which will take ``evaluations``.
         """
         problem, course = growth.problem, growth.course
         tree = problem.tree
-        paid = problem.account.nfe_left_for(values_per_nfe=0, rewards=len(wave) + 1) - nfe
+        rewards = len(wave) + 1
+        left = problem.account.evaluations_left_for(values_per_evaluation=0, rewards=rewards)
+        paid = left - evaluations
         if course.least_price > paid:
             return None
         node = ROOT
@@ -275,11 +281,11 @@ class _Course(NamedTuple):
 
     @property
     def least_price(self) -> int:
-        """NFE of the cheapest simulation that finishes something new."""
+        """Evaluations of the cheapest simulation that finishes something new."""
         return min([self.num_edges, *(self.edges_left[level] - 1 for level in self.branches)])
 
     def price(self, tree: Tree, start: int) -> int:
-        """NFE of a simulation; ``start`` is evaluated, a new initial noise is not."""
+        """Evaluations of a simulation; ``start`` is evaluated, a new initial noise is not."""
         if start == ROOT:
             return self.num_edges
         return max(self.edges_left[int(tree.step_index[start])] - 1, 0)

@@ -94,9 +94,13 @@ class Evolution:
         """Its name in the table of strategies."""
         return "evolution"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         """One sample."""
         return len(self._strides(num_steps))
+
+    def longest_stride(self, num_steps: int) -> int:
+        """Longest stride of its edges."""
+        return max(self._strides(num_steps))
 
     def _strides(self, num_steps: int) -> tuple[int, ...]:
         """The edges of a rollout."""
@@ -140,17 +144,18 @@ class Evolution:
     def _size(self, problem: Problem, rest: list[_Generation]) -> int:
         """Samples of the first of ``rest``: its share, by evaluations, of what is left."""
         first = rest[0]
-        price = problem.account.price(nfe=first.nfe, rewards=1)
+        price = problem.account.price(evaluations=first.evaluations, rewards=1)
         most = problem.account.affordable(price, UNLIMITED)
         if most == UNLIMITED:
             return math.ceil(first.size)
-        share = first.size * first.nfe / sum(each.size * each.nfe for each in rest)
+        share = first.size * first.evaluations / sum(each.size * each.evaluations for each in rest)
         return min(round(share * most), most)
 
     def _can_start(self, problem: Problem) -> int:
         """1 where the budget pays for one sample, else 0."""
-        nfe = self.least_nfe(problem.num_steps)
-        return problem.account.affordable(problem.account.price(nfe=nfe, rewards=1), 1)
+        evaluations = self.least_evaluations(problem.num_steps)
+        sample = problem.account.price(evaluations=evaluations, rewards=1)
+        return problem.account.affordable(sample, 1)
 
     # ---- the operators
 
@@ -195,7 +200,7 @@ class _Generation(NamedTuple):
     etas: tuple[float | None, ...]
 
     @property
-    def nfe(self) -> int:
+    def evaluations(self) -> int:
         """Evaluations of one sample."""
         return len(self.strides)
 

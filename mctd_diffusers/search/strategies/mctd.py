@@ -197,9 +197,13 @@ class MCTD:
         """Its name in the table of strategies."""
         return "mctd"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         """One plain sample, though coarse strides could do with less."""
         return num_steps
+
+    def longest_stride(self, num_steps: int) -> int:
+        """Longest stride that its edges may cross."""
+        return max((*self.stride_set(num_steps), *self._seed_strides(num_steps)))
 
     @property
     def policy(self) -> StridePolicy:
@@ -245,7 +249,7 @@ class MCTD:
         Returns:
             The valued nodes; none where their share of the budget does not pay for two.
         """
-        edges = self._seed_strides(problem)
+        edges = self._seed_strides(problem.num_steps)
         guidance = self._guidance(problem, self.value_guidance)
         count = self._num_seeds(problem, 1 + len(edges))
         seeds: list[int] = []
@@ -259,16 +263,18 @@ class MCTD:
             seeds += nodes
         return seeds
 
-    def _num_seeds(self, problem: Problem, nfe: int) -> int:
+    def _num_seeds(self, problem: Problem, evaluations: int) -> int:
         """Seeds that their share of the budget pays for, with one rollout left to pay."""
         account = problem.account
         if problem.guidance_scale is None or not self.seed_share:
             return 0
-        if account.nfe_left == UNLIMITED:
+        if account.evaluations_left == UNLIMITED:
             return _SEEDS_AT_ONCE
-        most = int(self.seed_share * account.nfe_left) // nfe
-        rollout = account.price(nfe=len(self._coarse_strides(problem)), rewards=1)
-        count = account.affordable(account.price(nfe=nfe, values=1), most, besides=rollout)
+        most = int(self.seed_share * account.evaluations_left) // evaluations
+        rollout = account.price(evaluations=len(self._coarse_strides(problem)), rewards=1)
+        count = account.affordable(
+            account.price(evaluations=evaluations, values=1), most, besides=rollout
+        )
         return count if count > 1 else 0
 
     def _finish_coarsely(self, problem: Problem, seeds: list[int]) -> Asks:
@@ -278,11 +284,11 @@ class MCTD:
         account = problem.account
         strides = self._coarse_strides(problem)
         share = self.coarse_share / (1 - self.seed_share) if self.seed_share < 1 else 1.0
-        nfe = len(strides) - 1
+        evaluations = len(strides) - 1
         most = len(seeds)
-        if account.nfe_left != UNLIMITED and nfe:
-            most = min(most, int(min(share, 1.0) * account.nfe_left) // nfe)
-        count = account.affordable(account.price(nfe=nfe, rewards=1), max(most, 1))
+        if account.evaluations_left != UNLIMITED and evaluations:
+            most = min(most, int(min(share, 1.0) * account.evaluations_left) // evaluations)
+        count = account.affordable(account.price(evaluations=evaluations, rewards=1), max(most, 1))
         best = [seeds[i] for i in best_first(problem.tree.value[seeds])[:count]]
         if best:
             guidance = self._guidance(problem, self.rollout_guidance)
@@ -291,12 +297,12 @@ class MCTD:
 
     def _coarse_strides(self, problem: Problem) -> tuple[int, ...]:
         """The strides of a coarse rollout from a seed."""
-        left = problem.num_steps - sum(self._seed_strides(problem))
+        left = problem.num_steps - sum(self._seed_strides(problem.num_steps))
         return coarsest_strides(left, self.stride_set(problem.num_steps))
 
-    def _seed_strides(self, problem: Problem) -> tuple[int, ...]:
+    def _seed_strides(self, num_steps: int) -> tuple[int, ...]:
         """The strides to a seed: as many of the longest as fit in a third of the schedule."""
-        depth = problem.num_steps // 3
+        depth = num_steps // 3
         longest = max((k for k in self.strides if k <= depth), default=1)
         return (longest,) * (depth // longest)
 
@@ -310,11 +316,11 @@ class MCTD:
 
     def _first_wave(self, problem: Problem, start: int) -> list[tuple[int, Plan]]:
         """The first rollout alone, with its share of the budget; empty if nothing is paid for."""
-        left = self._nfe_left(problem, 1)
+        left = self._evaluations_left(problem, 1)
         share = math.ceil(self.first_share * left)
         plan = self._plan(problem, start, share) or self._plan(problem, start, left)
         # Without evaluations it would finish the same sample as the draft.
-        return [] if plan is None or not _nfe(start, plan) else [(start, plan)]
+        return [] if plan is None or not _evaluations(start, plan) else [(start, plan)]
 
     def _select_wave(self, problem: Problem, standard: _Standard) -> list[tuple[int, Plan]]:
         """Nodes to simulate from on this snapshot of the tree, with the plan of each.
@@ -323,16 +329,20 @@ class MCTD:
         that is left may be spent, and in the end on fewer candidates.
         """
         tree = problem.tree
-        left = self._nfe_left(problem, self.wave_size)
+        left = self._evaluations_left(problem, self.wave_size)
         share = math.ceil(self.first_share * left)
-        for least, nfe in ((standard.candidates, share), (standard.candidates, left), (2, left)):
+        for least, evaluations in (
+            (standard.candidates, share),
+            (standard.candidates, left),
+            (2, left),
+        ):
             wave: list[tuple[int, Plan]] = []
-            rest = nfe
+            rest = evaluations
             for slot in range(self.wave_size, 0, -1):
                 chosen = self._select(problem, standard._replace(candidates=least), rest // slot)
                 if chosen is not None:
                     wave.append(chosen)
-                    rest -= _nfe(*chosen)
+                    rest -= _evaluations(*chosen)
                     add_virtual_visit(tree, chosen[0])
             for node, _ in wave:
                 settle(tree, node)
@@ -340,10 +350,12 @@ class MCTD:
                 return wave
         return []
 
-    def _select(self, problem: Problem, standard: _Standard, nfe: int) -> tuple[int, Plan] | None:
-        """Descend by UCT to a node to simulate from with ``nfe``; ``None`` if there is none.
+    def _select(
+        self, problem: Problem, standard: _Standard, evaluations: int
+    ) -> tuple[int, Plan] | None:
+        """Descend by UCT to a node to simulate from; ``None`` if there is none.
 
-        The descent passes nodes from which ``nfe`` pays for less than the standard.
+        The descent passes nodes from which ``evaluations`` pay for less than the standard.
         """
         tree = problem.tree
         looks = tree.visit_count + tree.in_flight
@@ -356,9 +368,9 @@ class MCTD:
                 if tree.step_index[child] < problem.num_steps - 1
                 and tree.evaluated[child]
                 and tree.live[child]
-                and (looks[child] or self._standard_plan(problem, child, standard, nfe))
+                and (looks[child] or self._standard_plan(problem, child, standard, evaluations))
             ]
-            plan = self._standard_plan(problem, node, standard, nfe)
+            plan = self._standard_plan(problem, node, standard, evaluations)
             if plan is not None:
                 deepest = (node, plan)
                 if (looks[node] == 0 and not children) or may_widen_progressively(
@@ -373,13 +385,13 @@ class MCTD:
             node = children[int(np.argmax(self._scores(tree, children)))]
 
     def _standard_plan(
-        self, problem: Problem, node: int, standard: _Standard, nfe: int
+        self, problem: Problem, node: int, standard: _Standard, evaluations: int
     ) -> Plan | None:
         """Plan from ``node`` with no fewer edges and candidates than the standard."""
         done = int(problem.tree.step_index[node])
         edges = sum(step_index > done for step_index in standard.step_indices)
-        plan = self._plan(problem, node, nfe, least_edges=edges)
-        if plan is None or plan.candidates[0] < standard.candidates or not _nfe(node, plan):
+        plan = self._plan(problem, node, evaluations, least_edges=edges)
+        if plan is None or plan.candidates[0] < standard.candidates or not _evaluations(node, plan):
             return None
         return plan
 
@@ -401,12 +413,14 @@ class MCTD:
             return partial(soft_backup, temperature=self.temperature)
         return max_backup if self.backup == "max" else mean_backup
 
-    def _plan(self, problem: Problem, start: int, nfe: int, least_edges: int = 1) -> Plan | None:
-        """Plan of a rollout from ``start`` that spends at most ``nfe`` evaluations."""
+    def _plan(
+        self, problem: Problem, start: int, evaluations: int, least_edges: int = 1
+    ) -> Plan | None:
+        """Plan of a rollout from ``start`` by at most so many evaluations."""
         tree = problem.tree
         done = max(int(tree.step_index[start]), 0)
         shape, allowed = self._shape(problem, done)
-        budget = nfe
+        budget = evaluations
         while budget >= 0:
             plan = plan_rollout(
                 problem.num_steps - done,
@@ -419,9 +433,9 @@ class MCTD:
                 least_edges=least_edges,
                 resolved=self._resolved(problem, done),
             )
-            if plan is None or _nfe(start, plan) <= nfe:
+            if plan is None or _evaluations(start, plan) <= evaluations:
                 return plan
-            budget -= -(-(_nfe(start, plan) - nfe) // 2)  # the draws come on top
+            budget -= -(-(_evaluations(start, plan) - evaluations) // 2)  # the draws come on top
         return None
 
     def _shape(self, problem: Problem, done: int) -> tuple[PlanShape, tuple[int, ...]]:
@@ -450,9 +464,9 @@ class MCTD:
         to_go = cost_to_go(costs, self.stride_set(problem.num_steps), problem.num_steps)[done]
         return tuple((-to_go).tolist()) if np.isfinite(to_go).any() else None
 
-    def _nfe_left(self, problem: Problem, simulations: int) -> int:
+    def _evaluations_left(self, problem: Problem, simulations: int) -> int:
         """Evaluations left, each valued, when so many simulations must still be scored."""
-        return problem.account.nfe_left_for(rewards=self.finish * simulations)
+        return problem.account.evaluations_left_for(rewards=self.finish * simulations)
 
     # ---- 2. and 3. simulate and evaluate
 
@@ -528,9 +542,9 @@ def _most_promising(tree: Tree, seeds: list[int]) -> int:
     return max(seeds, key=lambda node: (tree.max_value[node], tree.value[node]))
 
 
-def _nfe(start: int, plan: Plan) -> int:
+def _evaluations(start: int, plan: Plan) -> int:
     """Evaluations of a simulation; from the root, the draws come on top of the plan."""
-    return plan.nfe + (plan.candidates[0] if start == ROOT else 0)
+    return plan.evaluations + (plan.candidates[0] if start == ROOT else 0)
 
 
 def _nats(tree: Tree, node: int) -> float:

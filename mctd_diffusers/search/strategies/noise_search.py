@@ -102,11 +102,15 @@ class NoiseSearch:
         """Its name in the table of strategies."""
         return "noise_search"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         """One rollout; in ``"eps_greedy"`` one pass with the candidates and rounds asked for."""
         if self.method != "eps_greedy":
             return len(self._strides(num_steps))
-        return self._pass_nfe(num_steps, _Plan(self.rounds or 1, self.candidates or 1))
+        return self._pass_evaluations(num_steps, _Plan(self.rounds or 1, self.candidates or 1))
+
+    def longest_stride(self, num_steps: int) -> int:
+        """Longest stride of its edges."""
+        return max(self._strides(num_steps))
 
     def _strides(self, num_steps: int) -> tuple[int, ...]:
         """The edges of a rollout."""
@@ -145,7 +149,7 @@ class NoiseSearch:
     def _num_rollouts(self, problem: Problem) -> int:
         """Rollouts of the next round: as many as asked for, or as the account still pays."""
         edges = len(self._strides(problem.num_steps))
-        each = problem.account.price(nfe=edges, rewards=1)
+        each = problem.account.price(evaluations=edges, rewards=1)
         return problem.account.affordable(each, self.candidates or _CANDIDATES)
 
     def _roll_out(self, problem: Problem, nodes: list[int]) -> Asks:
@@ -161,7 +165,7 @@ class NoiseSearch:
         """Passes, each from a new initial noise, as long as one is paid for."""
         plan = self._plan(problem)
         if plan is None:
-            least = self.least_nfe(problem.num_steps)
+            least = self.least_evaluations(problem.num_steps)
             raise BudgetError(
                 f"{problem.budget} cannot pay for one pass of noise search with its {least} valued "
                 f"evaluations over {problem.num_steps} steps; raise the budget, or use fewer "
@@ -203,7 +207,7 @@ class NoiseSearch:
                 pivot, best = nodes[top], float(values[top])
         return pivot
 
-    def _pass_nfe(self, num_steps: int, plan: _Plan) -> int:
+    def _pass_evaluations(self, num_steps: int, plan: _Plan) -> int:
         """Evaluations of one pass: the draw, and all candidates of each edge but the last."""
         return 1 + (len(self._strides(num_steps)) - 1) * plan.per_edge
 
@@ -214,13 +218,13 @@ class NoiseSearch:
 
         def affords(plan: _Plan) -> bool:
             values = num_searched * plan.per_edge if plan.per_edge > 1 else 0
-            nfe = self._pass_nfe(problem.num_steps, plan)
-            return account.affords(account.price(nfe=nfe, values=values, rewards=1))
+            evaluations = self._pass_evaluations(problem.num_steps, plan)
+            return account.affords(account.price(evaluations=evaluations, values=values, rewards=1))
 
         most = math.exp(min(self.brake_nats / max(num_searched, 1), 20.0))
         per_edge = most
-        if account.nfe_left != UNLIMITED:
-            paid = (account.nfe_left - 1) / max(num_searched, 1)
+        if account.evaluations_left != UNLIMITED:
+            paid = (account.evaluations_left - 1) / max(num_searched, 1)
             per_edge = paid / max(math.ceil(paid / most), 1)
         while per_edge >= 1 and not affords(self._split(int(per_edge))):
             per_edge -= 1

@@ -77,28 +77,34 @@ class Rollover:
         """Its name in the table of strategies."""
         return "rollover"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         """One path of single children."""
         return len(constant_strides(num_steps, self.stride))
+
+    def longest_stride(self, num_steps: int) -> int:
+        """Longest stride of its edges."""
+        return min(self.stride, num_steps)
 
     def search(self, problem: Problem) -> Asks:
         """Passes until the budget pays for none."""
         strides = constant_strides(problem.num_steps, self.stride)
-        left = self._nfe_left(problem, len(strides))
+        left = self._evaluations_left(problem, len(strides))
         if left < len(strides):  # the account pays for a sample, not for the values of its path
             nodes = yield from draw(problem, 1)
             leaves = yield from finish(problem, nodes, strides=strides)
             back_up(problem, leaves)
         while left >= len(strides):
             yield from self._one_pass(problem, strides, left)
-            left = self._nfe_left(problem, len(strides))
+            left = self._evaluations_left(problem, len(strides))
         return "budget"
 
-    def _one_pass(self, problem: Problem, strides: tuple[int, ...], nfe: int) -> Asks:
-        """One path to a finished sample, by at most ``nfe`` evaluations."""
+    def _one_pass(self, problem: Problem, strides: tuple[int, ...], evaluations: int) -> Asks:
+        """One path to a finished sample, by at most so many evaluations."""
         num_quotas = len(strides) - 1
         least = 1 if self.threshold is None else 2
-        num_noises = min(max(least, int(self.initial_share * nfe)), nfe - num_quotas)
+        num_noises = min(
+            max(least, int(self.initial_share * evaluations)), evaluations - num_quotas
+        )
         noises = yield from draw(problem, num_noises)
         values = yield from self._tried(problem, noises)
         node, bar = noises[int(np.argmax(values))], values.max()
@@ -109,7 +115,7 @@ class Rollover:
             children: list[int] = []
             values = np.empty(0)
             # All quotas up to this edge, less what was used before it.
-            quota = (nfe - num_noises) * edge // num_quotas - used
+            quota = (evaluations - num_noises) * edge // num_quotas - used
             while len(children) < quota and not (values > bar).any():
                 count = min(self.wave_size, quota - len(children))
                 wave = yield from step(problem, [node] * count, stride=stride, eta=self.branch_eta)
@@ -129,7 +135,7 @@ class Rollover:
         values: Values = yield from value(problem, nodes)
         return values
 
-    def _nfe_left(self, problem: Problem, num_edges: int) -> int:
+    def _evaluations_left(self, problem: Problem, num_edges: int) -> int:
         """Evaluations left, each valued, for a pass."""
-        left = problem.account.nfe_left
+        left = problem.account.evaluations_left
         return _SAMPLES_OF_A_PASS * num_edges if left == UNLIMITED else left

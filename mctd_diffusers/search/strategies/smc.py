@@ -159,9 +159,13 @@ class SMC:
         """Its name in the table of strategies."""
         return "smc"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         """One pass of the particles asked for, or of one."""
         return (self.particles or 1) * len(constant_strides(num_steps, self.stride))
+
+    def longest_stride(self, num_steps: int) -> int:
+        """Longest stride of its edges."""
+        return min(self.stride, num_steps)
 
     def search(self, problem: Problem) -> Asks:
         """Passes until the budget pays for none."""
@@ -247,7 +251,7 @@ class SMC:
 
         def price(particles: int) -> Counts:
             levels = len(self._levels(problem.num_steps, particles))
-            return account.price(nfe=num_edges, values=levels, rewards=1)
+            return account.price(evaluations=num_edges, values=levels, rewards=1)
 
         if self.particles is not None:
             count = self.particles

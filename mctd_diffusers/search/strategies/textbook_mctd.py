@@ -96,9 +96,14 @@ class TextbookMCTD:
         """Its name in the table of strategies."""
         return "textbook_mctd"
 
-    def least_nfe(self, num_steps: int) -> int:
+    def least_evaluations(self, num_steps: int) -> int:
         """One simulation from initial noise."""
         return self._course(num_steps).price(NO_STEP)
+
+    def longest_stride(self, num_steps: int) -> int:
+        """Longest stride of its edges."""
+        course = self._course(num_steps)
+        return max((*course.expansion(0), *course.simulation(num_steps)))
 
     def search(self, problem: Problem) -> Asks:
         """Waves of simulations until the budget pays for none."""
@@ -128,7 +133,7 @@ class TextbookMCTD:
         """Nodes of this snapshot, with an action each; their visits under way are to be settled."""
         tree, account = growth.problem.tree, growth.problem.account
         wave: list[tuple[int, float | None]] = []
-        nfe = 0
+        evaluations = 0
         while len(wave) < self.wave_size:
             if not growth.num_untried[ROOT]:
                 if wave:  # what is under way may bring new actions
@@ -136,8 +141,9 @@ class TextbookMCTD:
                 growth.add(ROOT, [None])
             node = self._select(growth)
             price = growth.course.price(int(tree.step_index[node]))
-            nfe += price
-            if nfe > account.nfe_left_for(values_per_nfe=0, rewards=len(wave) + 1):
+            evaluations += price
+            rewards = len(wave) + 1
+            if evaluations > account.evaluations_left_for(values_per_evaluation=0, rewards=rewards):
                 break
             wave.append((node, growth.take(node)))
             add_virtual_visit(tree, node)
@@ -232,7 +238,7 @@ class _Course(NamedTuple):
         return constant_strides(left, self.simulation_stride)
 
     def price(self, step_index: int) -> int:
-        """NFE of an expansion of an evaluated node, and of the simulation below the new child."""
+        """Evaluations of an expansion of an evaluated node and of the simulation below it."""
         if step_index == NO_STEP:
             return len(self.simulation(self.num_steps))
         expansion = self.expansion(step_index)
