@@ -25,8 +25,8 @@ from mctd_diffusers.evaluation.metrics import bootstrap_mean
 
 # Wong's palette for colour-blind readers (Nature Methods 8, 2011), without its black and yellow,
 # and a brown: grey is the reference's.
-_COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A4A1E")
-_MARKERS: Final = "ovsDP^X<>"
+COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A4A1E")
+MARKERS: Final = "ovsDP^X<>"
 _INK, _QUIET = "#111111", "#8A8A8A"
 _REWARD_PRICES: Final = (0.1, 1.0, 10.0)
 _BANDS_AT_MOST: Final = 6  # methods of which each has a band; of more, the three that matter
@@ -161,5 +161,5 @@ def _look(method: str, number: int) -> _Look:
     if method == REFERENCE:
         return _Look(_QUIET, "s", "--", 1.8, 9)
     line = ":" if head(method) == CANDIDATE else "-"
-    colour = _COLOURS[number % len(_COLOURS)]
-    return _Look(colour, _MARKERS[number // len(_COLOURS) % len(_MARKERS)], line, 1.2, 5)
+    colour = COLOURS[number % len(COLOURS)]
+    return _Look(colour, MARKERS[number // len(COLOURS) % len(MARKERS)], line, 1.2, 5)

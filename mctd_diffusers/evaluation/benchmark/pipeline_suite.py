@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
@@ -29,8 +29,8 @@ from mctd_diffusers.evaluation.judge import SceneJudge
 from mctd_diffusers.models.weights import weights_hash
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.rewards.calls import call_reward, reward_name
-from mctd_diffusers.search.environment import Prices
-from mctd_diffusers.search.runner import Strategy
+from mctd_diffusers.search.environment import Ledger, Prices
+from mctd_diffusers.search.runner import SearchResult, Strategy
 
 _GOLD_CALL: Final = 8  # pictures
 
@@ -99,6 +99,19 @@ def image_seed(prompt: str, seed: int) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
+def check_reward(pipe: MCTDPipeline) -> None:
+    """Refuse a pipeline without a reward.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if pipe.reward_model is None:
+        raise ConfigError(
+            "the pipeline has no reward to search for: load it with "
+            'MCTDPipeline.from_pretrained(..., reward_model="clip") or another'
+        )
+
+
 class PipelineSuite:
     """Prompts drawn by a pipeline, and judged by a gold.
 
@@ -112,15 +125,10 @@ class PipelineSuite:
     """
 
     def __init__(self, pipe: MCTDPipeline, gold: Gold, plan: BenchPlan) -> None:
-        if pipe.reward_model is None:
-            raise ConfigError(
-                "the pipeline has no reward to search for: load it with "
-                'MCTDPipeline.from_pretrained(..., reward_model="clip") or another'
-            )
+        check_reward(pipe)
         self._pipe = pipe
         self._gold = gold
         self._plan = plan
-        self._reward = pipe.reward_model
         self._prices: Prices | None = None
         self._weights = weights_of(pipe, gold)
 
@@ -134,41 +142,14 @@ class PipelineSuite:
         if self._prices is None:  # measuring also loads what is loaded once, nobody's overhead
             one = {"prompt": list(task.prompts[:1]), "generator": None}
             self._prices = self._pipe.estimate(**{**arguments, **one}).prices
-        device = torch.device(self._pipe.device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        start = time.perf_counter()
-        with cpu_by_phase(self._pipe) as cpu:
-            timed = TimedReward(self._reward, cpu)
-            output = self._pipe(**arguments, reward_model=timed)
-        seconds = time.perf_counter() - start
-        searches = output.search
-        if any(search.stop_reason == "interrupted" for search in searches):
-            raise KeyboardInterrupt
-        memory = peak_memory(device)
-        scores = judged(self._gold, output.images, task.prompts)
-        runs = [
-            run_of(
-                task,
-                i,
-                search.result,
-                search.latents.flatten(1).double().numpy(),
-                gold=float(scores.gold[i]),
-                all_right=None if scores.all_right is None else scores.all_right[i],
-            )
-            for i, search in enumerate(searches)
-        ]
-        total = output.ledger.total
-        return Drawn(
-            runs=runs,
-            calls=total.calls,
-            padded_rows=total.padded_rows,
-            seconds={**output.ledger.seconds, "call": seconds},
-            cpu=dict(cpu),
-            peak_memory=memory,
-            prices=asdict(self._prices),
-            machine=machine(device),
-        )
+
+        def search(reward: RewardFn) -> Searched:
+            output = self._pipe(**arguments, reward_model=reward)
+            results = [search.result for search in output.search]
+            latents = [search.latents for search in output.search]
+            return Searched(results, latents, output.images, output.ledger)
+
+        return draw_metered(self._pipe, self._gold, task, search, self._prices)
 
     def _arguments(self, task: Task) -> dict[str, Any]:
         """Arguments of the pipeline's call."""
@@ -186,6 +167,76 @@ class PipelineSuite:
             "nfe_budget": task.nfe,
             "time_budget_s": task.seconds,
         }
+
+
+class Searched(NamedTuple):
+    """What one call made.
+
+    Attributes:
+        results: of each prompt.
+        latents: of the finished samples of each.
+        images: pictures of the winners, in [0, 1].
+        ledger: what the call spent.
+    """
+
+    results: Sequence[SearchResult]
+    latents: Sequence[Tensor]
+    images: Float[Tensor, "prompts 3 height width"]
+    ledger: Ledger
+
+
+def draw_metered(
+    pipe: MCTDPipeline,
+    gold: Gold,
+    task: Task,
+    search: Callable[[RewardFn], Searched],
+    prices: Prices,
+) -> Drawn:
+    """Search every prompt of a task in one call, meter what it takes, and judge the winners.
+
+    Args:
+        pipe: whose modules work, and whose reward is searched.
+        gold: judges the pictures when the search is over.
+        task: what is searched.
+        search: makes the call, by the reward that it is handed.
+        prices: of a decode, a preview and a reward call, as measured.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, also where there is a part of a result.
+    """
+    device = torch.device(pipe.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    with cpu_by_phase(pipe) as cpu:
+        found = search(TimedReward(pipe.reward_model, cpu))
+    seconds = time.perf_counter() - start
+    if any(result.stop_reason == "interrupted" for result in found.results):
+        raise KeyboardInterrupt
+    memory = peak_memory(device)
+    scores = judged(gold, found.images, task.prompts)
+    runs = [
+        run_of(
+            task,
+            i,
+            result,
+            latents.flatten(1).double().numpy(),
+            gold=float(scores.gold[i]),
+            all_right=None if scores.all_right is None else scores.all_right[i],
+        )
+        for i, (result, latents) in enumerate(zip(found.results, found.latents, strict=True))
+    ]
+    total = found.ledger.total
+    return Drawn(
+        runs=runs,
+        calls=total.calls,
+        padded_rows=total.padded_rows,
+        seconds={**found.ledger.seconds, "call": seconds},
+        cpu=dict(cpu),
+        peak_memory=memory,
+        prices=asdict(prices),
+        machine=machine(device),
+    )
 
 
 def judged(gold: Gold, images: Tensor, prompts: Sequence[str]) -> GoldScores:

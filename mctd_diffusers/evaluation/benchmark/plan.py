@@ -117,7 +117,8 @@ class Task:
         seed: of the initial noises.
         prompts: the chunk.
         kinds: kind of each prompt.
-        num_steps: of the schedule; of ``more_steps`` the whole budget.
+        num_steps: of the schedule; of ``more_steps`` as many as the whole budget pays.
+        nfe: evaluations allowed on each image; ``None`` for a budget of seconds.
         settings_hash: of all that the results depend on, except for weights and code.
     """
 
@@ -127,14 +128,8 @@ class Task:
     prompts: tuple[str, ...]
     kinds: tuple[str, ...]
     num_steps: int
+    nfe: int | None
     settings_hash: str
-
-    @property
-    def nfe(self) -> int | None:
-        """Evaluations allowed on each image."""
-        if self.method.label == MORE_STEPS:
-            return self.num_steps
-        return self.budget.nfe(self.num_steps)
 
     @property
     def seconds(self) -> float | None:
@@ -164,6 +159,8 @@ class BenchPlan:
         rows_per_call: latents in a call of the network; ``None`` for the pipeline's default.
         searched: what else results depend on, as text: the reward, the gold, the scheduler.
         prompts_per_call: prompts in a chunk.
+        calls_per_step: NFE of a step of the scheduler, 1 or 2. Budgets are the same for all: with 2
+            a plain sample has half the steps, and a search half the samples.
 
     Raises:
         ConfigError: nothing to compare, something named twice, or a method that no budget pays for.
@@ -180,6 +177,7 @@ class BenchPlan:
     rows_per_call: int | None = None
     searched: str = ""
     prompts_per_call: int = 24
+    calls_per_step: int = 1
 
     def __post_init__(self) -> None:
         for name in ("prompts", "methods", "budgets", "seeds"):
@@ -220,7 +218,7 @@ class BenchPlan:
             is_fixed = method.label == MORE_STEPS
             return "it has no steps for a number of seconds" if is_fixed else None
         least = self.num_steps if method.label == MORE_STEPS else None
-        least = least or method.strategy.least_nfe(self.num_steps)
+        least = least or method.strategy.least_evaluations(self.num_steps) * self.calls_per_step
         return None if nfe >= least else f"it needs {least} NFE, and {budget.label} pays {nfe}"
 
     def left_out(self) -> list[str]:
@@ -257,9 +255,9 @@ class BenchPlan:
             yield slice(start, start + self.prompts_per_call)
 
     def _task(self, method: Method, budget: BenchBudget, seed: int, rows: slice) -> Task:
-        num_steps = self.num_steps
-        if method.label == MORE_STEPS:
-            num_steps = budget.nfe(num_steps) or num_steps
+        num_steps, nfe = self.num_steps, budget.nfe(self.num_steps)
+        if method.label in (PLAIN, MORE_STEPS):
+            num_steps = (nfe or num_steps) // self.calls_per_step
         parts = (
             self.suite,
             self.prompts[rows],
@@ -268,7 +266,7 @@ class BenchPlan:
             self.rows_per_call,
             self.searched,
             method.settings,
-            budget.nfe(self.num_steps),
+            nfe,
             budget.seconds(1),
             seed,
         )
@@ -279,6 +277,7 @@ class BenchPlan:
             prompts=self.prompts[rows],
             kinds=self.kinds[rows],
             num_steps=num_steps,
+            nfe=nfe,
             settings_hash=hashlib.sha256(repr(parts).encode()).hexdigest()[:10],
         )
 

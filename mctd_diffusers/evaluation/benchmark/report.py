@@ -97,11 +97,12 @@ def as_csv(cells: Sequence[Cell]) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)
-    table.writerows(row for cell in cells for row in _csv_rows(cell))
+    table.writerows(row for cell in cells for row in csv_rows(cell))
     return text.getvalue()
 
 
-def _csv_rows(cell: Cell) -> Iterator[list[Any]]:
+def csv_rows(cell: Cell) -> Iterator[list[Any]]:
+    """The runs of a cell, each under `COLUMNS`."""
     drawn, number = cell.drawn, len(cell.drawn.runs)
     for run in drawn.runs:
         measured = None
