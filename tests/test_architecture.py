@@ -20,7 +20,7 @@ PACKAGE = ROOT / "mctd_diffusers"
 # A module imports from rooms further left only; rooms side by side do not see each other.
 ORDER = [
     {"errors"},
-    {"files", "hub", "search"},
+    {"files", "hub", "imports", "search"},
     {"denoising"},
     {"models", "rewards"},
     {"results"},
