@@ -110,6 +110,7 @@ def bench(
 
     Writes results.csv, report.md and curves.png. Stopped, it goes on from the finished cells.
     """
+    named = _scheduler_name(scheduler)
     if evaluations is not None:
         _compare_plainly(
             model or suite or _EMBEDDED,
@@ -150,7 +151,7 @@ def bench(
             guidance_scale=guidance,
             rows_per_call=rows_per_call,
             prompts_per_call=prompts_per_call,
-            searched=f"reward {reward}, gold {gold}, scheduler {scheduler}",
+            searched=f"reward {reward}, gold {gold}, scheduler {named}",
         )
         if gold == "judge" and plan.suite != _MIXTURE:
             check_judge_reads(plan.prompts)
@@ -171,6 +172,25 @@ def bench(
                 device=device,
             )
         _report(plan, cells, out, rivals)
+
+
+def _scheduler_name(text: str | None) -> str | None:
+    """The one way to write the scheduler, so that cells are found however it was written.
+
+    Raises:
+        ConfigError: it cannot be read, or names an ``eta``.
+    """
+    if text is None:
+        return None
+    from mctd_diffusers.denoising.scheduler_names import read_scheduler
+
+    said = read_scheduler(text)
+    if said.eta is not None:
+        raise ConfigError(
+            f"scheduler {text!r} has an eta, which a bench does not take: leave it out, and give "
+            f"the share of noise to the strategies, as in beam:branch_eta={said.eta:g}"
+        )
+    return said.name
 
 
 def _read_plan(
@@ -202,7 +222,7 @@ def _read_plan(
         suite=name,
         prompts=texts,
         kinds=kinds,
-        methods=tuple(_read_methods(strategies, _names(stride_policies))),
+        methods=tuple(read_methods(strategies, names_in(stride_policies))),
         budgets=parse_budgets(budgets),
         seeds=whole_numbers(seeds, "--seeds", least=0),
         **settings,
@@ -221,7 +241,7 @@ def _read_problems(
     return read_prompts(prompts, limit)
 
 
-def _read_methods(text: str, policies: Sequence[str]) -> Iterator[Method]:
+def read_methods(text: str, policies: Sequence[str]) -> Iterator[Method]:
     """Methods of names and settings with commas between them, each by each stride policy."""
     from mctd_diffusers.evaluation.benchmark.plan import MORE_STEPS, PLAIN, Method
     from mctd_diffusers.search.strategies import BestOfN, resolve_strategy
@@ -247,7 +267,7 @@ def _read_methods(text: str, policies: Sequence[str]) -> Iterator[Method]:
             yield method if is_same else Method(f"{label}:stride_policy={policy}", by_policy)
 
 
-def _names(text: str | None) -> list[str]:
+def names_in(text: str | None) -> list[str]:
     """Names with commas between them, each once."""
     return list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
 
@@ -274,7 +294,7 @@ def _compare_plainly(
         write_plain_report,
     )
 
-    if not (names := _names(policies)):
+    if not (names := names_in(policies)):
         raise ConfigError(
             "--evaluations compares stride policies in plain samples: name them, such as "
             "--stride-policies uniform,ays,gits,ige"
@@ -285,7 +305,7 @@ def _compare_plainly(
     plan = PlainPlan(prompts=texts, policies=tuple(names), **settings)
     if gold == "judge":
         check_judge_reads(plan.prompts)
-    pipe, judge = _loaded(model, call, reward, gold, ige)
+    pipe, judge = load_judged(model, call, reward, gold, ige)
     pipe.set_progress_bar_config(disable=True)
     nfe = sum(count for _, count in plan.samplers()) * len(texts) * len(plan.seeds)
     with progress_bar(nfe, "NFE", unit_scale=True) as bar:
@@ -358,11 +378,11 @@ def _pipeline(plan: BenchPlan, call: Call, reward: str | None, gold: str, ige: s
     """The pipeline of the plan with what judges it, loaded."""
     from mctd_diffusers.evaluation.benchmark.pipeline_suite import PipelineSuite
 
-    pipe, judge = _loaded(plan.suite, call, reward, gold, ige)
+    pipe, judge = load_judged(plan.suite, call, reward, gold, ige)
     return PipelineSuite(pipe, judge, plan)
 
 
-def _loaded(
+def load_judged(
     model: str, call: Call, reward: str | None, gold: str, ige: str | None
 ) -> tuple[MCTDPipeline, Gold]:
     """A pipeline with its reward, and what judges it."""
@@ -385,7 +405,7 @@ def _rivals(plan: BenchPlan, text: str | None) -> list[str]:
         ConfigError: the plan has no method of that label.
     """
     labels = [method.label for method in plan.methods]
-    named = _names(text)
+    named = names_in(text)
     for label in named:
         if label not in labels:
             raise ConfigError(
