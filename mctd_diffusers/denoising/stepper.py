@@ -3,9 +3,10 @@
 A scheduler object remembers where it stands, so branches cannot share one. Here what a solver
 remembers is a value, :class:`SolverState`, that travels with the sample; and a stride of ``k`` is a
 step of the stock scheduler on a *view* of itself: a clone whose schedule is cut down to the points
-this sample visits (visited + current + target + the rest). Samples with equal points are stepped by
-one clone in one call, with one generator for each edge, so that an edge is the same whatever batch
-it rode in. With stride 1 the view's arithmetic is the stock loop's, bit for bit.
+this sample visits (visited + current + target + those that strides of the same length would visit).
+Samples with equal points are stepped by one clone in one call, with one generator for each edge, so
+that an edge is the same whatever batch it rode in. With stride 1 the view's arithmetic is the stock
+loop's, bit for bit. What each scheduler class needs is in `denoising.schedulers`.
 """
 
 from __future__ import annotations
@@ -13,101 +14,29 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-)
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from diffusers.configuration_utils import FrozenDict
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Num, Shaped
 from torch import Tensor
 
-from mctd_diffusers.errors import ConfigError, ScheduleError, UnsupportedSchedulerError
+from mctd_diffusers.denoising.schedulers import SchedulerTraits, check_scheduler, traits_of
+from mctd_diffusers.denoising.views import BrownianEdge, Schedule, View, ancestral_split, land_at
+from mctd_diffusers.errors import ConfigError, ScheduleError
 from mctd_diffusers.search.environment import Action
 
-SUPPORTED = (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-)
-"""Scheduler classes whose strides are proven; subclasses are not."""
+Randomness: TypeAlias = Literal["none", "own", "injected"]
+"""Where an edge's noise comes from: it has none, the scheduler draws it, or it is added to a
+deterministic step."""
 
 _MAX_VIEWS = 4096
-
-
-def check_scheduler(scheduler: Any) -> None:
-    """Refuse a scheduler whose steps cannot be branched and strided, by class and by setting.
-
-    Raises:
-        UnsupportedSchedulerError: the class is none of :data:`SUPPORTED` (a subclass may keep more
-            state), or it is set up in a way whose strides are not proven.
-    """
-    name = type(scheduler).__name__
-    if type(scheduler) not in SUPPORTED:
-        names = ", ".join(kind.__name__ for kind in SUPPORTED)
-        raise UnsupportedSchedulerError(
-            f"scheduler is a {name}, whose steps cannot be branched and strided yet; supported are "
-            f"{names}. Make one from yours: `DDIMScheduler.from_config(pipe.scheduler.config)`."
-        )
-    for setting, given, allowed in _settings(scheduler):
-        if given not in allowed:
-            raise UnsupportedSchedulerError(
-                f"{name} with {setting}={given!r} cannot be branched and strided yet; allowed are "
-                f"{', '.join(map(repr, allowed))}. Make another from it: "
-                f"`{name}.from_config(scheduler.config, {setting}={allowed[0]!r})`."
-            )
-
-
-def scheduler_from(kind: Any, config: Any) -> Any:
-    """A scheduler of one class from the config of another.
-
-    Latents are not clipped where the config says nothing of it: schedulers that clip by default
-    are meant for pixels.
-
-    Args:
-        kind: class of diffusers.
-        config: of any scheduler.
-    """
-    known = inspect.signature(kind).parameters
-    silent = [name for name in ("clip_sample", "set_alpha_to_one") if name not in config]
-    return kind.from_config(config, **{name: False for name in silent if name in known})
-
-
-def _settings(scheduler: Any) -> list[tuple[str, Any, tuple[Any, ...]]]:
-    """Settings that are proven for some values only: ``(name, given, allowed)``."""
-    config = scheduler.config
-    predictions: tuple[Any, ...] = ("epsilon", "v_prediction", "sample")
-    match scheduler:
-        case DPMSolverMultistepScheduler():
-            return [
-                ("prediction_type", config.prediction_type, predictions),
-                # The third order looks at how many steps are to come: a stride changes that.
-                ("solver_order", config.solver_order, (2, 1)),
-                ("algorithm_type", config.algorithm_type, ("dpmsolver++", "sde-dpmsolver++")),
-                ("use_flow_sigmas", config.use_flow_sigmas, (False,)),
-                ("variance_type", config.variance_type, (None,)),
-            ]
-        case EulerAncestralDiscreteScheduler():  # the stock step itself cannot do "sample"
-            return [("prediction_type", config.prediction_type, predictions[:2])]
-        case DDPMScheduler():
-            variances = ("fixed_small", "fixed_small_log", "fixed_large")
-            return [
-                ("prediction_type", config.prediction_type, predictions),
-                ("variance_type", scheduler.variance_type, variances),
-            ]
-        case EulerDiscreteScheduler():
-            return [("prediction_type", config.prediction_type, (*predictions, "original_sample"))]
-    return [("prediction_type", config.prediction_type, predictions)]
+_NO_NOISE = 1e-5  # of rounding, where a scheduler adds the root of a difference that should be 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,16 +44,22 @@ class SolverState:
     """What the next step of one sample needs beside its latents.
 
     Attributes:
-        step_index: position in the schedule, 0 is noisiest; ``num_steps`` is finished.
+        step_index: position in the schedule, 0 is noisiest; ``num_steps`` is finished. A sample
+            midway still stands where its edge began.
         visited: grid key: the earlier points of the schedule that the solver still looks at, oldest
-            first, as indices into the scheduler's own ``timesteps``.
-        history: what the solver remembers of them (its converted model outputs), oldest first, each
-            shaped like the sample; empty for first-order solvers and after a restart.
+            first, as indices into the schedule.
+        history: the tensors that the solver remembers, each shaped like the sample; empty for
+            solvers without memory and after a restart.
+        memory: all else that it remembers, with the places of those tensors, in plain types.
+        midway: the edge that the sample is on, where the network must be called a second time
+            before it is crossed; ``None`` at the points of the schedule.
     """
 
     step_index: int
     visited: tuple[int, ...]
     history: tuple[Shaped[Tensor, "*sample"], ...]
+    memory: Hashable = ()
+    midway: Action | None = None
 
 
 @dataclass(frozen=True)
@@ -145,26 +80,39 @@ class _Split:
 
 
 @dataclass(frozen=True)
-class _View:
-    """A clone of the scheduler, cut down to the points of one edge, and how to step it.
+class _Renoising:
+    """An edge of first order in the estimate: DDIM's step with a share of noise, at any levels.
+
+    ``alpha' x0hat + sqrt(sigma'^2 - std^2) noise_hat + std z`` (Song et al., 2021, equation 12),
+    for solvers that have no noise of their own, or cannot do with less of it.
 
     Attributes:
-        scheduler: the clone; what it mutates in a step is set before each.
-        position: the current point's index in the view.
-        timestep: the current timestep, 0-d, as the stock loop passes it.
-        eta: the ``eta`` argument of the step, for those that have it.
-        draws: whether the scheduler draws noise of its own, so needs generators.
-        noise_std: standard deviation of the noise in the sample after the edge.
-        split: how noise is added after the step; ``None`` where it is not.
+        signal: factors of clean latents at the point and at the target.
+        noise: factors of noise at the point and at the target.
     """
 
-    scheduler: Any
-    position: int
-    timestep: Tensor
-    eta: float | None
+    signal: tuple[float | Tensor, float | Tensor]
+    noise: tuple[float | Tensor, float | Tensor]
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """How an edge is crossed.
+
+    Attributes:
+        view: the clone that steps it.
+        draws: whether the clone draws noise, so needs generators.
+        noise_std: standard deviation of the noise in the sample after the edge; NaN where it is not
+            simply added to it.
+        split: how noise is added after the clone's step; ``None`` where it is not.
+        renoising: set where the clone's step is not taken at all.
+    """
+
+    view: View
     draws: bool
     noise_std: float | Tensor
     split: _Split | None = None
+    renoising: _Renoising | None = None
 
 
 class Stepper:
@@ -172,25 +120,29 @@ class Stepper:
 
     What ``Action.eta`` means:
 
-    - ``None``: the stock step, with the stock meaning of ``eta`` (only DDIM has one).
-    - a number, 0 to 1: that share of fresh noise, in every scheduler. DDIM takes it as its
+    - ``None``: the stock step, with the stock meaning of ``eta`` (DDIM and TCD have one).
+    - a number, 0 to 1: that share of fresh noise, in every scheduler. DDIM and TCD take it as their
       argument. Euler and the ODE DPM-Solver step to a lower noise level and noise up again (the
-      ancestral split of k-diffusion; at 1 Euler is EulerAncestral). DDPM, EulerAncestral and the
-      SDE DPM-Solver are themselves at 1; below that their deterministic companion (DDIM, Euler,
-      the ODE DPM-Solver) steps with that share.
+      ancestral split of k-diffusion; at 1 Euler is EulerAncestral). Schedulers that draw noise
+      themselves are themselves at 1; below that the deterministic companion of DDPM,
+      EulerAncestral and the SDE DPM-Solver (DDIM, Euler, the ODE DPM-Solver) steps with that
+      share. Everywhere else an edge with a share is DDIM's step at the scheduler's own levels,
+      of first order, after which a multistep solver starts anew; it takes one network call.
 
     Args:
         scheduler: a stock scheduler on which ``set_timesteps`` was called; copied, not changed.
         eta: the user's ``eta``, for edges that name none.
-        begin_index: first point of the schedule in use (image to image starts in the middle).
+        begin_index: first step of the schedule in use (image to image starts in the middle).
 
     Attributes:
         num_steps: steps from the first point to the finished sample.
         timesteps: what the network is conditioned on at each step, in the scheduler's dtype, on the
             CPU.
+        calls_per_step: network calls that an edge may take, 1 or 2; see :meth:`needs_midpoint`.
+        longest_stride: the longest stride that an edge may cross; ``None`` is any.
 
     Raises:
-        UnsupportedSchedulerError: see :func:`check_scheduler`.
+        UnsupportedSchedulerError: see `denoising.schedulers.check_scheduler`.
         ScheduleError: ``set_timesteps`` was not called, or ``begin_index`` is past the schedule.
         ConfigError: ``eta`` is not between 0 and 1.
     """
@@ -198,14 +150,9 @@ class Stepper:
     def __init__(self, scheduler: Any, *, eta: float = 0.0, begin_index: int = 0) -> None:
         check_scheduler(scheduler)
         _check_eta(eta, "eta")
-        if scheduler.num_inference_steps is None and not getattr(
-            scheduler, "custom_timesteps", False
-        ):
-            raise ScheduleError(
-                f"the {type(scheduler).__name__} has no schedule yet; call "
-                "`scheduler.set_timesteps(num_inference_steps)` first."
-            )
-        self._last = len(scheduler.timesteps)
+        self._traits = traits_of(scheduler)
+        self._schedule = Schedule(scheduler, self._traits)
+        self._last = self._schedule.num_steps
         if not 0 <= begin_index < self._last:
             raise ScheduleError(
                 f"begin_index is {begin_index}, but the schedule has {self._last} steps; "
@@ -213,34 +160,39 @@ class Stepper:
             )
         self.eta = float(eta)
         self._begin = begin_index
-        self._own = copy.copy(scheduler)
-        self._timesteps = scheduler.timesteps.cpu()
-        self._sigmas = scheduler.sigmas.cpu() if hasattr(scheduler, "sigmas") else None
-        if self._sigmas is None:
-            self._own.alphas_cumprod = scheduler.alphas_cumprod.cpu()
-        else:
-            # Only tells a warning that the caller forgot to scale: here nobody can.
-            self._own.is_scale_input_called = True
+        self._own = _prepared(scheduler)
         self._plain = _deterministic_companion(self._own)
-        self._is_sde = self._plain is not self._own
-        self._is_multistep = isinstance(scheduler, DPMSolverMultistepScheduler)
-        self._scales_input = isinstance(
-            scheduler, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler
-        )
-        self._memory = _points_remembered(scheduler)
+        self._draws = self._traits.draws(self._own)
+        self._splits = _splits(self._own, self._traits)
+        self._scales_input = self._traits.levels == "exploding"
+        self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        self._reads = self._traits.reads(scheduler)
+        blank = self._traits.blank(scheduler)
+        self._blank = _pack(blank, []) if blank else ()
         self.num_steps = self._last - begin_index
-        self.timesteps: Num[Tensor, " steps"] = self._timesteps[begin_index:]
-        self._views: dict[Hashable, _View] = {}
+        self.timesteps: Num[Tensor, " steps"] = self._schedule.timesteps[begin_index:]
+        self.calls_per_step = 2 if self._traits.grid == "two calls" else 1
+        self.longest_stride = self._traits.longest_stride(scheduler)
+        self._edges: dict[Hashable, _Edge] = {}
 
     @property
     def init_noise_sigma(self) -> float | Tensor:
         """Standard deviation of the initial noise, as the stock pipeline multiplies it in."""
-        sigma: float | Tensor = self._own.init_noise_sigma
+        sigma: float | Tensor = getattr(self._own, "init_noise_sigma", 1.0)
         return sigma
 
     @property
     def alphas_cumprod(self) -> Float[Tensor, " timesteps"]:
-        """Signal share ``alpha^2`` at each timestep that the model is trained at."""
+        """Signal share ``alpha^2`` at each timestep that the model is trained at.
+
+        Raises:
+            ScheduleError: the scheduler has none (flow matching, EDM).
+        """
+        if not hasattr(self._own, "alphas_cumprod"):
+            raise ScheduleError(
+                f"{type(self._own).__name__} has no alphas_cumprod: its levels are no function of "
+                "trained timesteps; use a scheduler such as DDIMScheduler."
+            )
         alphas: Tensor = self._own.alphas_cumprod.cpu()
         return alphas
 
@@ -248,37 +200,43 @@ class Stepper:
     def log_snr(self) -> Float[Tensor, " points"]:
         """Log signal-to-noise ratio at each step and, last, of the finished sample.
 
-        ``2 log(alpha / sigma)``. That of a finished sample is the ratio of the cleanest timestep
-        that models are trained at, where the schedule itself would say infinity.
+        ``2 log(alpha / sigma)``. That of a finished sample is the ratio of the cleanest level that
+        models are trained at, where the schedule itself would say infinity.
         """
-        cleanest = self.alphas_cumprod[0].double()
         ratios = [
             (torch.as_tensor(alpha).double() / sigma.double()).square().cpu()
             for alpha, sigma in map(self._alpha_sigma, range(self._begin, self._last))
         ]
-        return torch.stack([*ratios, cleanest / (1 - cleanest)]).log().float()
+        return torch.stack([*ratios, self._cleanest_ratio(ratios)]).log().float()
 
     def variance_preserving(
         self, latents: Float[Tensor, "batch *sample"], step_index: int
     ) -> Float[Tensor, "batch *sample"]:
         """Samples at one step index (``num_steps``: finished) in variance-preserving units.
 
-        Those of Euler explode in variance; here ``alpha^2 + sigma^2 = 1`` for every scheduler.
+        Those of Euler explode in variance, those of flow matching shrink between data and noise;
+        here ``alpha^2 + sigma^2 = 1`` for every scheduler.
         """
-        if not self._scales_input:
+        if self._scales_input:
+            return latents * self.log_snr[step_index].sigmoid().sqrt()
+        if step_index == self.num_steps:
             return latents
-        return latents * self.log_snr[step_index].sigmoid().sqrt()
+        alpha, sigma = self._alpha_sigma(self._begin + step_index)
+        total = torch.as_tensor(alpha) ** 2 + sigma**2
+        return latents if self._is_preserving else latents / total.sqrt()
 
     def initial_state(self, step_index: int = 0) -> SolverState:
         """State of a sample that begins at ``step_index``, with nothing behind it."""
         self._check_unfinished(step_index)
-        return SolverState(step_index, self._remember(range(self._begin + step_index)), ())
+        visited = self._remember(range(self._begin + step_index))
+        return SolverState(step_index, visited, (), self._blank)
 
     def check_action(self, step_index: int, action: Action) -> None:
         """Refuse an edge that does not fit.
 
         Raises:
-            ScheduleError: the stride is below 1 or beyond the steps left, or none are left.
+            ScheduleError: the stride is below 1, beyond the steps left or longer than the scheduler
+                can, or no steps are left.
             ConfigError: ``eta`` is not between 0 and 1.
         """
         self._check_unfinished(step_index)
@@ -288,22 +246,51 @@ class Stepper:
                 f"stride is {action.stride} at step index {step_index} of {self.num_steps}, with "
                 f"{left} steps left; choose 1 to {left}."
             )
+        if self.longest_stride is not None and action.stride > self.longest_stride:
+            raise ScheduleError(
+                f"stride is {action.stride}, but {type(self._own).__name__} can only be stepped by "
+                f"strides up to {self.longest_stride} ({self._traits.note}); use those, or another "
+                "scheduler."
+            )
         if action.eta is not None:
             _check_eta(action.eta, "Action.eta")
 
     def is_stochastic(self, step_index: int, action: Action) -> bool:
         """Whether edges of ``action`` differ by their seeds; the last one rarely does."""
         self.check_action(step_index, action)
-        return self.noise_std(self.initial_state(step_index), action) > 0
+        return self.noise_std(self.initial_state(step_index), action) != 0
 
     def noise_std(self, state: SolverState, action: Action) -> float:
-        """Standard deviation of an edge's noise in the sample; 0 where it is deterministic."""
-        return float(self._view(state, action).noise_std)
+        """Standard deviation of an edge's noise in the sample.
+
+        0 where it is deterministic, and NaN where noise is not simply added to the sample: where it
+        moves the midpoint, or is used again by the next step.
+        """
+        return float(self._edge(state, action).noise_std)
 
     def noise_dtype(self, action: Action, dtype: torch.dtype) -> torch.dtype:
         """What an edge's noise is drawn in, where the network's outputs are of ``dtype``."""
-        is_own = self._is_sde and action.eta in (None, 1)
-        return torch.float32 if self._is_multistep and is_own else dtype
+        is_own = self.randomness(action) == "own"
+        return torch.float32 if is_own and self._traits.noise_in_single else dtype
+
+    def randomness(self, action: Action) -> Randomness:
+        """Where the noise of edges like ``action`` comes from; the last edge mostly has none."""
+        if self._draws and action.eta in (None, 1):
+            return "own"
+        if self._traits.takes_eta:
+            return "own" if (self.eta if action.eta is None else action.eta) > 0 else "none"
+        return "injected" if action.eta else "none"
+
+    def needs_midpoint(self, step_index: int, action: Action) -> bool:
+        """Whether an edge takes a second network call.
+
+        Raises:
+            ScheduleError: the stride does not fit the steps left.
+            ConfigError: ``eta`` is not between 0 and 1.
+        """
+        self.check_action(step_index, action)
+        edge = self._edge(self.initial_state(step_index), action)
+        return edge.renoising is None and edge.view.midpoint is not None
 
     def renoise_std(self, step_index: int) -> float:
         """Standard deviation of the noise that :meth:`renoise` adds.
@@ -314,13 +301,28 @@ class Stepper:
         self._check_unfinished(step_index)
         return float(self._alpha_sigma(self._begin + step_index)[1])
 
-    def scale_model_input(
-        self, latents: Float[Tensor, "batch *sample"], step_indices: Sequence[int]
-    ) -> Float[Tensor, "batch *sample"]:
-        """What the network sees of ``latents``, each at its own step index."""
-        if not self._scales_input:
-            return latents
-        return _by_group(step_indices, self._scale_at, latents)
+    def network_input(
+        self, latents: Float[Tensor, "batch *sample"], states: Sequence[SolverState]
+    ) -> tuple[Float[Tensor, "batch *sample"], Num[Tensor, " batch"]]:
+        """What the network sees of samples: the samples as it wants them scaled, and its timesteps.
+
+        Args:
+            latents: samples, unscaled; of those midway the midpoints.
+            states: where each stands.
+        """
+        timesteps = [
+            self.timesteps[state.step_index]
+            if state.midway is None
+            else _there(self._edge(state, state.midway).view.midpoint)
+            for state in states
+        ]
+        inputs = latents
+        if self._scales_input:
+            keys = [(s.step_index, s.visited, s.memory, s.midway) for s in states]
+            inputs = _by_group(
+                keys, lambda rows: self._scaled([states[row] for row in rows], latents[rows])
+            )
+        return inputs, torch.stack(timesteps).to(latents.device)
 
     def denoised(
         self,
@@ -332,11 +334,14 @@ class Stepper:
 
         Args:
             latents: samples, unscaled.
-            outputs: the (guided) network outputs for them: epsilon, v or sample, as the scheduler's
-                ``prediction_type`` says.
+            outputs: the (guided) network outputs for them: epsilon, v, sample, velocity or what EDM
+                preconditions, as the scheduler's ``prediction_type`` says.
             step_indices: where each sample stands.
         """
-        return _by_group(step_indices, self._denoised_at, latents, outputs)
+        return _by_group(
+            step_indices,
+            lambda rows: self._denoised_at(step_indices[rows[0]], latents[rows], outputs[rows]),
+        )
 
     def renoise(
         self,
@@ -356,6 +361,8 @@ class Stepper:
             and DPM-Solver, variance exploding for Euler), and their states.
         """
         state = self.initial_state(step_index)
+        if self._traits.restarts_empty:
+            state = replace(state, visited=())
         alpha, sigma = self._alpha_sigma(self._begin + step_index)
         return denoised * alpha + noise * sigma, [state] * len(denoised)
 
@@ -367,7 +374,7 @@ class Stepper:
         actions: Sequence[Action],
         seeds: Sequence[int],
     ) -> tuple[Float[Tensor, "batch *sample"], list[SolverState]]:
-        """Cross one edge for each sample.
+        """Cross one edge for each sample, or its first half where it takes a second call.
 
         Args:
             latents: samples, unscaled.
@@ -377,17 +384,63 @@ class Stepper:
             seeds: of each edge's noise; unused where the edge is deterministic.
 
         Returns:
-            The samples at the targets, and their states.
+            The samples at the targets, and their states; where a state is ``midway`` the sample is
+            the midpoint, to be evaluated and handed to :meth:`complete`.
 
         Raises:
             ScheduleError: a stride does not fit the steps left.
             ConfigError: an ``eta`` is not between 0 and 1.
         """
+        for state, action in zip(states, actions, strict=True):
+            self.check_action(state.step_index, action)
+        return self._in_groups(latents, outputs, states, actions, seeds)
+
+    def complete(
+        self,
+        latents: Float[Tensor, "batch *sample"],
+        outputs: Float[Tensor, "batch *sample"],
+        states: Sequence[SolverState],
+        seeds: Sequence[int],
+    ) -> tuple[Float[Tensor, "batch *sample"], list[SolverState]]:
+        """Cross the second half of each edge.
+
+        Args:
+            latents: the midpoints.
+            outputs: the (guided) network outputs for them.
+            states: midway.
+            seeds: of each edge's noise, as for the first half.
+
+        Returns:
+            The samples at the targets, and their states.
+
+        Raises:
+            ScheduleError: a state is not midway.
+        """
+        actions = []
+        for state in states:
+            if state.midway is None:
+                raise ScheduleError(
+                    f"a sample at step index {state.step_index} is not midway: there is no edge to "
+                    "complete; use `step`."
+                )
+            actions.append(state.midway)
+        return self._in_groups(latents, outputs, states, actions, seeds)
+
+    # Crossing edges, in groups
+
+    def _in_groups(
+        self,
+        latents: Tensor,
+        outputs: Tensor,
+        states: Sequence[SolverState],
+        actions: Sequence[Action],
+        seeds: Sequence[int],
+    ) -> tuple[Tensor, list[SolverState]]:
         groups: dict[Hashable, list[int]] = {}
         for row, (state, action) in enumerate(zip(states, actions, strict=True)):
-            self.check_action(state.step_index, action)
+            midway = state.midway is not None
             key = (
-                state.step_index, state.visited, len(state.history), action.stride, action.eta
+                state.step_index, state.visited, state.memory, midway, action.stride, action.eta
             )  # fmt: skip
             groups.setdefault(key, []).append(row)
         if len(groups) == 1:
@@ -417,142 +470,338 @@ class Stepper:
     ) -> tuple[Tensor, list[SolverState]]:
         """Step samples that stand at the same points by one action."""
         first = states[0]
-        view = self._view(first, action)
-        scheduler = view.scheduler
-        if self._sigmas is not None:
-            scheduler._step_index = view.position
-        if self._is_multistep:
-            self._remind(view, latents, outputs, states)
-        extra: dict[str, Any] = {}
-        if view.eta is not None:
-            extra["eta"] = view.eta
-        if view.draws:
-            extra["generator"] = _generators(seeds)
-        stepped = scheduler.step(outputs, view.timestep, latents, return_dict=False, **extra)[0]
-        if view.split is not None:
-            noise = randn_tensor(
-                outputs.shape, _generators(seeds), device=outputs.device, dtype=outputs.dtype
-            )
+        edge = self._edge(first, action)
+        if edge.renoising is not None:
+            return self._renoised_step(edge, latents, outputs, states, action, seeds)
+        view = edge.view
+        view.enter(midway=first.midway is not None)
+        self._remind(view.scheduler, states, action)
+        if edge.split is not None:
+            _extrapolate_along(edge.split, view.scheduler, latents, outputs)
+        stepped = self._stock_step(edge, latents, outputs, seeds)
+        if edge.split is not None:
+            noise = _noise(outputs, seeds)
             # In single precision, as EulerAncestral does it.
-            stepped = (stepped.float() * view.split.rescale + noise * view.noise_std).to(
+            stepped = (stepped.float() * edge.split.rescale + noise * edge.noise_std).to(
                 stepped.dtype
             )
-        visited = self._remember((*first.visited, self._begin + first.step_index))
-        after = SolverState(first.step_index + action.stride, visited, ())
-        if not self._is_multistep:
-            return stepped, [after] * len(states)
-        converted = scheduler.model_outputs[-1]
-        scheduler.model_outputs = []
-        if scheduler.config.solver_order == 1:
-            return stepped, [after] * len(states)
+        is_midway = view.midpoint is not None and first.midway is None
+        return stepped, self._states_after(view.scheduler, states, action, is_midway=is_midway)
+
+    def _stock_step(
+        self, edge: _Edge, latents: Tensor, outputs: Tensor, seeds: Sequence[int]
+    ) -> Tensor:
+        """One step of the clone, which stands where it should and remembers what it should."""
+        scheduler = edge.view.scheduler
+        arguments = dict(edge.view.arguments)
+        if edge.draws and self._takes_generator:
+            arguments["generator"] = _generators(seeds)
+        if edge.draws and hasattr(scheduler, "noise_sampler"):
+            midpoint = getattr(scheduler, "mid_point_sigma", None)
+            scheduler.noise_sampler = BrownianEdge(_generators(seeds), latents, midpoint)
+        timestep = edge.view.timestep
+        stepped: Tensor = scheduler.step(
+            outputs, timestep, latents, return_dict=False, **arguments
+        )[0]
+        return stepped
+
+    def _renoised_step(
+        self,
+        edge: _Edge,
+        latents: Tensor,
+        outputs: Tensor,
+        states: Sequence[SolverState],
+        action: Action,
+        seeds: Sequence[int],
+    ) -> tuple[Tensor, list[SolverState]]:
+        """An edge of first order in the estimate, after which the solver starts anew."""
+        renoising = edge.renoising
+        assert renoising is not None
+        step_index = states[0].step_index
+        estimate = self._denoised_at(step_index, latents, outputs).float()
+        (alpha, alpha_next), (sigma, sigma_next) = renoising.signal, renoising.noise
+        direction = (latents.float() - alpha * estimate) / sigma
+        std = float(edge.noise_std)
+        kept = (torch.as_tensor(sigma_next) ** 2 - std**2).clamp(min=0) ** 0.5
+        stepped = alpha_next * estimate + kept * direction
+        if std > 0:
+            stepped = stepped + std * _noise(outputs, seeds)
+        after = step_index + action.stride
+        state = SolverState(after, (), (), self._blank)
+        if after < self.num_steps and not self._traits.restarts_empty:
+            state = self.initial_state(after)
+        return stepped.to(outputs.dtype), [state] * len(states)
+
+    def _remind(self, scheduler: Any, states: Sequence[SolverState], action: Action) -> None:
+        """Give a solver what it remembers of these samples."""
+        first = states[0]
+        memory = first.memory
+        if self._traits.equal_spacing and first.visited:
+            spacing = self._begin + first.step_index - first.visited[-1]
+            memory = memory if spacing == action.stride else self._blank
+        if memory:
+            columns = zip(*(state.history for state in states), strict=True)
+            for name, value in _unpack(memory, [torch.stack(rows) for rows in columns]).items():
+                setattr(scheduler, name, value)
+
+    def _forget(self, scheduler: Any) -> None:
+        """Let a solver remember nothing."""
+        for name, value in self._traits.blank(scheduler).items():
+            setattr(scheduler, name, value)
+
+    def _states_after(
+        self, scheduler: Any, states: Sequence[SolverState], action: Action, *, is_midway: bool
+    ) -> list[SolverState]:
+        """What a solver that stepped these samples remembers of each; it forgets them itself."""
+        first = states[0]
+        tensors: list[Tensor] = []
+        remembered = {name: getattr(scheduler, name) for name in self._traits.blank(scheduler)}
+        if self._traits.drops_oldest:
+            remembered["model_outputs"] = [None, *remembered["model_outputs"][1:]]
+        memory = _pack(remembered, tensors) if remembered else ()
+        self._forget(scheduler)
+        if is_midway:
+            after = replace(first, memory=memory, midway=action)
+        else:
+            visited = self._remember((*first.visited, self._begin + first.step_index))
+            after = SolverState(first.step_index + action.stride, visited, (), memory)
+        if not tensors:
+            return [replace(after, history=())] * len(states)
         # Cloned, or one row would keep the memory of all.
-        return stepped, [replace(after, history=(row.clone(),)) for row in converted.unbind()]
+        return [
+            replace(after, history=tuple(row.clone() for row in rows))
+            for rows in zip(*(tensor.unbind() for tensor in tensors), strict=True)
+        ]
 
-    def _remind(
-        self, view: _View, latents: Tensor, outputs: Tensor, states: Sequence[SolverState]
-    ) -> None:
-        """Give the multistep solver what it remembers of these samples."""
-        scheduler = view.scheduler
-        remembered = [torch.stack(rows) for rows in zip(*(s.history for s in states), strict=True)]
-        scheduler.lower_order_nums = len(remembered)
-        if view.split is not None:
-            current = scheduler.convert_model_output(outputs, sample=latents)
-            remembered = [current + view.split.shortening * (r - current) for r in remembered]
-        blank = [None] * (scheduler.config.solver_order - len(remembered))
-        scheduler.model_outputs = [*blank, *remembered]
+    # Edges
 
-    def _view(self, state: SolverState, action: Action) -> _View:
-        """The view for one edge; made once, since edges of many samples cross the same points."""
+    def _edge(self, state: SolverState, action: Action) -> _Edge:
+        """How to cross an edge; made once, since many samples cross the same points."""
         key = (state.step_index, state.visited, action.stride, action.eta)
-        view = self._views.get(key)
-        if view is None:
-            if len(self._views) >= _MAX_VIEWS:
-                self._views.clear()
+        edge = self._edges.get(key)
+        if edge is None:
+            if len(self._edges) >= _MAX_VIEWS:
+                self._edges.clear()
             index = self._begin + state.step_index
-            view = self._views[key] = self._make_view(
+            edge = self._edges[key] = self._make_edge(
                 state.visited, index, action.stride, action.eta
             )
-        return view
+        return edge
 
-    def _make_view(
+    def _make_edge(
         self, visited: tuple[int, ...], index: int, stride: int, eta: float | None
-    ) -> _View:
-        is_own = self._is_sde and eta in (None, 1)
-        scheduler = copy.copy(self._own if is_own else self._plain)
-        points = [*visited, index, *range(index + stride, self._last)]
-        position = len(visited)
-        scheduler.timesteps = self._timesteps[points]
-        scheduler.num_inference_steps = len(points)
-        timestep = scheduler.timesteps[position]
-        if self._sigmas is None:
-            if is_own:
-                std = _ddpm_std(scheduler, timestep)
-                return _View(scheduler, position, timestep, None, bool(timestep > 0), std)
-            share = self.eta if eta is None else float(eta)
-            landing = self._ddim_landing(index, stride)
-            _land_ddim(scheduler, int(timestep), landing)
-            std = share * scheduler._get_variance(int(timestep), landing) ** 0.5
-            return _View(scheduler, position, timestep, share, share > 0, std)
+    ) -> _Edge:
+        is_own = self._draws and eta in (None, 1)
+        scheduler = self._own if is_own else self._plain
+        view = self._schedule.view(scheduler, visited, index, stride)
+        share = self.eta if eta is None else float(eta)
+        if self._traits.takes_eta and self._traits.grid == "points":
+            view = replace(view, arguments={"eta": share})
+            return self._drawing_edge(view) if share > 0 else _Edge(view, False, 0.0)
+        if self._traits.takes_eta or isinstance(scheduler, DDIMScheduler):
+            return self._ddim_edge(view, index, stride, share)
+        if self._traits.grid == "constant":
+            land_at(view.scheduler, int(view.timestep), self._landing(index, stride))
+        if is_own:
+            return self._drawing_edge(view)
+        share = float(eta or 0.0)
+        if share == 0 and (not self._draws or self._plain is not self._own):
+            return _Edge(view, False, 0.0)
+        if self._splits:
+            return self._split_edge(view, share)
+        return self._renoising_edge(view, index, stride, share)
 
-        scheduler.sigmas = self._sigmas[[*points, self._last]]
-        sigma, target = scheduler.sigmas[position : position + 2].clone()
-        up, down = _ancestral_split(sigma, target, 1.0 if is_own else float(eta or 0.0))
+    def _drawing_edge(self, view: View) -> _Edge:
+        """A step of a scheduler that draws its noise itself."""
+        edge = _Edge(view, True, 0.0)
+        return replace(edge, noise_std=self._own_std(edge))
+
+    def _ddim_edge(self, view: View, index: int, stride: int, share: float) -> _Edge:
+        """A step of DDIM, which takes the share of noise as an argument."""
+        timestep, landing = int(view.timestep), self._landing(index, stride)
+        land_at(view.scheduler, timestep, landing)
+        std = share * view.scheduler._get_variance(timestep, landing) ** 0.5
+        return _Edge(replace(view, arguments={"eta": share}), share > 0, std)
+
+    def _split_edge(self, view: View, eta: float) -> _Edge:
+        """A step to a lower level, and noise up from there."""
+        sigmas = view.scheduler.sigmas
+        sigma, target = sigmas[view.position : view.position + 2].clone()
+        up, down = ancestral_split(sigma, target, eta)
         alpha = self._alpha(target)
-        if is_own or up == 0:
-            return _View(scheduler, position, timestep, None, is_own, alpha * up)
-        scheduler.sigmas[position + 1] = down
-        split = _Split(
-            alpha / self._alpha(down), torch.log(sigma / target) / torch.log(sigma / down)
-        )
-        return _View(scheduler, position, timestep, None, False, alpha * up, split)
+        if up == 0:
+            return _Edge(view, False, alpha * up)
+        sigmas[view.position + 1] = down
+        shortening = torch.log(sigma / target) / torch.log(sigma / down)
+        return _Edge(view, False, alpha * up, split=_Split(alpha / self._alpha(down), shortening))
 
-    def _ddim_landing(self, index: int, stride: int) -> int:
+    def _renoising_edge(self, view: View, index: int, stride: int, eta: float) -> _Edge:
+        alpha, sigma = self._alpha_sigma(index)
+        alpha_next, sigma_next = self._alpha_sigma(index + stride)
+        ratio = sigma_next * alpha / (alpha_next * sigma)
+        std = eta * sigma_next * (1 - ratio**2) ** 0.5
+        renoising = _Renoising((alpha, alpha_next), (sigma, sigma_next))
+        return _Edge(view, False, std, renoising=renoising)
+
+    def _landing(self, index: int, stride: int) -> int:
         """The timestep that a stride ends at; below 0 it is the finished sample."""
-        target = index + stride
-        if self._is_sde:  # DDIM in the place of DDPM, which lands on its timesteps
-            return int(self._timesteps[target]) if target < self._last else -1
+        if self._traits.grid != "constant":  # DDIM in the place of DDPM lands on its timesteps
+            return self._schedule.target_timestep(index + stride)
         # The stock scheduler steps by a constant, even where its timesteps do not: land where it
         # lands after as many steps of its own.
         constant = self._own.config.num_train_timesteps // self._own.num_inference_steps
-        return int(self._timesteps[target - 1]) - constant
+        return int(self._schedule.timesteps[index + stride - 1]) - constant
 
-    def _scale_at(self, step_index: int, latents: Tensor) -> Tensor:
+    def _own_std(self, edge: _Edge) -> float | Tensor:
+        """Standard deviation of the noise that the scheduler draws on an edge."""
+        scheduler = edge.view.scheduler
+        if isinstance(scheduler, DDPMScheduler):
+            return _ddpm_std(scheduler, edge.view.timestep)
+        if self._splits:
+            sigma, target = scheduler.sigmas[edge.view.position : edge.view.position + 2]
+            return self._alpha(target) * ancestral_split(sigma, target, 1.0)[0]
+        std = self._measured_std(edge)
+        return math.nan if std and not self._traits.adds_noise else std
+
+    def _measured_std(self, edge: _Edge) -> float:
+        """The same, as the difference of two steps shows it by that of their noises."""
+        shape = (1, 4, 8, 8)
+        ends, noises = [], []
+        for seed in (0, 1):
+            latents = torch.zeros(shape)
+            scheduler = edge.view.scheduler
+            self._forget(scheduler)
+            for midway in (False, True) if edge.view.midpoint is not None else (False,):
+                edge.view.enter(midway=midway)
+                latents = self._stock_step(edge, latents, torch.zeros(shape), [seed])
+            ends.append(latents.double())
+            noises.append(_noise(torch.zeros(shape), [seed]).double())
+        moved, by = ends[0] - ends[1], noises[0] - noises[1]
+        std = float((moved * by).sum() / (by * by).sum())
+        return std if std > _NO_NOISE else 0.0
+
+    # Levels and estimates
+
+    def _scaled(self, states: Sequence[SolverState], latents: Tensor) -> Tensor:
+        first = states[0]
+        if first.midway is not None:
+            view = self._edge(first, first.midway).view
+            view.enter(midway=True)
+            self._remind(view.scheduler, states, first.midway)
+            return view.scheduler.scale_model_input(latents, _there(view.midpoint))
         scheduler = self._own
-        scheduler._step_index = self._begin + step_index
-        return scheduler.scale_model_input(latents, self.timesteps[step_index])
+        scheduler._step_index = self._schedule.place(self._begin + first.step_index)
+        return scheduler.scale_model_input(latents, self.timesteps[first.step_index])
 
     def _denoised_at(self, step_index: int, latents: Tensor, outputs: Tensor) -> Tensor:
         """The scheduler's own estimate, from the part of its step that draws no noise."""
-        scheduler = self._plain
         index = self._begin + step_index
-        if self._is_multistep:
-            scheduler._step_index = index
-            return scheduler.convert_model_output(outputs, sample=latents).to(outputs.dtype)
-        view = self._view(SolverState(step_index, (), ()), Action(1, 0.0))
-        if self._sigmas is not None:
-            view.scheduler._step_index = view.position
-        step = view.scheduler.step(outputs, view.timestep, latents)
-        return step.pred_original_sample.to(outputs.dtype)
+        scheduler = self._plain
+        match self._traits.estimate:
+            case "convert":
+                scheduler._step_index = index
+                estimate = scheduler.convert_model_output(outputs, sample=latents)
+            case "formula":
+                estimate = self._formula(index, latents, outputs)
+            case "step":
+                edge = self._estimating_edge(index)
+                edge.view.enter()
+                arguments = dict(edge.view.arguments)
+                if self._takes_generator:
+                    arguments["generator"] = _generators([0] * len(latents))
+                step = edge.view.scheduler.step(outputs, edge.view.timestep, latents, **arguments)
+                self._forget(edge.view.scheduler)
+                estimate = getattr(step, "pred_original_sample", None)
+                estimate = step.denoised if estimate is None else estimate
+        return estimate.to(outputs.dtype)
+
+    def _estimating_edge(self, index: int) -> _Edge:
+        """An edge of stride 1 to read the estimate off, without noise where that can be."""
+        key = ("estimate", index)
+        if key not in self._edges:
+            view = self._schedule.view(self._plain, (), index, 1)
+            if self._traits.grid == "constant" or isinstance(self._plain, DDIMScheduler):
+                land_at(view.scheduler, int(view.timestep), self._landing(index, 1))
+            self._edges[key] = _Edge(view, self._takes_generator, 0.0)
+        return self._edges[key]
+
+    def _formula(self, index: int, latents: Tensor, outputs: Tensor) -> Tensor:
+        """The estimate by the formula of the prediction type."""
+        alpha, sigma = self._alpha_sigma(index)
+        name = type(self._own).__name__
+        if name == "CMStochasticIterativeScheduler":
+            skip, out = self._own.get_scalings_for_boundary_condition(sigma)
+            estimate = out * outputs + skip * latents
+            return estimate.clamp(-1, 1) if self._own.config.clip_denoised else estimate
+        if name == "MiniMaxH3Scheduler":
+            return latents + sigma * outputs
+        prediction = self._own.config.get("prediction_type", "flow_prediction")
+        if self._traits.levels == "flow":
+            prediction = "flow_prediction"
+        elif self._traits.levels == "sine":
+            prediction = "v_prediction"
+        match prediction:
+            case "epsilon":
+                return (latents - sigma * outputs) / alpha
+            case "v_prediction":
+                return alpha * latents - sigma * outputs
+            case "sample":
+                return outputs
+        return latents - sigma * outputs
+
+    @property
+    def _is_preserving(self) -> bool:
+        """Whether the squares of the factors of signal and noise sum to 1."""
+        levels = self._traits.levels
+        if levels == "solver":
+            return not self._own.config.get("use_flow_sigmas", False)
+        return levels in ("alphas", "sine")
 
     def _alpha_sigma(self, index: int) -> tuple[float | Tensor, Tensor]:
         """Factors of clean latents and of noise at a point of the schedule."""
-        if self._sigmas is None:
-            alpha_squared = self._own.alphas_cumprod[self._timesteps[index]]
-            return alpha_squared**0.5, (1 - alpha_squared) ** 0.5
-        sigma = self._sigmas[index]
-        alpha = self._alpha(sigma)
-        return alpha, sigma * alpha
+        schedule = self._schedule
+        match self._traits.levels:
+            case "alphas":
+                if index == self._last:
+                    final = getattr(self._own, "final_alpha_cumprod", torch.tensor(1.0))
+                    return final**0.5, (1 - final) ** 0.5
+                alpha_squared = self._own.alphas_cumprod[self._schedule.timesteps[index]]
+                return alpha_squared**0.5, (1 - alpha_squared) ** 0.5
+            case "sine":
+                return schedule["alphas"][index], schedule["betas"][index]
+            case "trigonometric":
+                angle = schedule["timesteps"][index]
+                return torch.cos(angle), torch.sin(angle) * self._own.config.sigma_data
+            case "flow":
+                sigma = schedule["sigmas"][index]
+                return 1 - sigma, sigma
+            case "solver":
+                alpha, sigma = self._own._sigma_to_alpha_sigma_t(schedule["sigmas"][index])
+                return alpha, sigma
+        return 1.0, schedule["sigmas"][index]
 
     def _alpha(self, sigma: Tensor) -> float | Tensor:
         """Factor of clean latents where noise per signal is ``sigma``: 1 if variance explodes."""
-        if not self._is_multistep:
+        if self._traits.levels != "solver":
             return 1.0
         alpha: Tensor = self._own._sigma_to_alpha_sigma_t(sigma)[0]
         return alpha
 
+    def _cleanest_ratio(self, ratios: Sequence[Tensor]) -> Tensor:
+        """Signal to noise, squared, of the cleanest level that models are trained at."""
+        if hasattr(self._own, "alphas_cumprod"):
+            cleanest = self.alphas_cumprod[0].double()
+            return cleanest / (1 - cleanest)
+        sigma = getattr(self._own, "sigma_min", None) or self._own.config.get("sigma_min")
+        if not sigma:
+            return ratios[-1]
+        sigma = torch.tensor(float(sigma), dtype=torch.float64)
+        alpha = 1 - sigma if self._traits.levels == "flow" else 1
+        return torch.maximum((alpha / sigma) ** 2, ratios[-1])
+
     def _remember(self, visited: Iterable[int]) -> tuple[int, ...]:
         points = tuple(visited)
-        return points[max(len(points) - self._memory, 0) :]
+        return points if self._reads is None else points[max(len(points) - self._reads, 0) :]
 
     def _check_unfinished(self, step_index: int) -> None:
         if not 0 <= step_index < self.num_steps:
@@ -567,60 +816,72 @@ def _check_eta(eta: float, argument: str) -> None:
         raise ConfigError(f"{argument} is {eta}; choose 0 (deterministic) to 1.")
 
 
+def _there(midpoint: Tensor | None) -> Tensor:
+    assert midpoint is not None, "the edge of a state midway has a midpoint"
+    return midpoint
+
+
+def _prepared(scheduler: Any) -> Any:
+    """A clone to read levels from, on the CPU, that warns of nothing."""
+    own = copy.copy(scheduler)
+    if hasattr(own, "alphas_cumprod"):
+        own.alphas_cumprod = scheduler.alphas_cumprod.cpu()
+    if hasattr(own, "is_scale_input_called"):
+        # Only tells a warning that the caller forgot to scale: here nobody can.
+        own.is_scale_input_called = True
+    return own
+
+
+def _splits(scheduler: Any, traits: SchedulerTraits) -> bool:
+    """Whether noise may be added by a split; of flow sigmas and the third order it may not."""
+    config = scheduler.config
+    is_flow, order = config.get("use_flow_sigmas", False), config.get("solver_order", 1)
+    return traits.split and not is_flow and order <= 2
+
+
 def _deterministic_companion(scheduler: Any) -> Any:
-    """The scheduler itself if it draws no noise unasked, else its deterministic relative."""
-    match scheduler:
-        case DDPMScheduler():
-            config = scheduler.config
-            shared = {
-                name: config[name]
-                for name in (
-                    "num_train_timesteps",
-                    "prediction_type",
-                    "clip_sample",
-                    "clip_sample_range",
-                    "thresholding",
-                    "dynamic_thresholding_ratio",
-                    "sample_max_value",
-                )
-            }
-            ddim = DDIMScheduler(**shared)
-            ddim.alphas_cumprod = scheduler.alphas_cumprod
-            return ddim
-        case EulerAncestralDiscreteScheduler():
-            euler = EulerDiscreteScheduler(prediction_type=scheduler.config.prediction_type)
-            euler.is_scale_input_called = True
-            return euler
-        case DPMSolverMultistepScheduler() if scheduler.config.algorithm_type == "sde-dpmsolver++":
-            solver = copy.copy(scheduler)
-            solver._internal_dict = FrozenDict(
-                {**scheduler.config, "algorithm_type": "dpmsolver++"}
+    """The scheduler itself if it draws no noise unasked, else its deterministic relative.
+
+    Where there is none it is the scheduler itself.
+    """
+    name = type(scheduler).__name__
+    config = scheduler.config
+    if name in ("DDPMScheduler", "DDPMParallelScheduler"):
+        shared = {
+            name: config[name]
+            for name in (
+                "num_train_timesteps",
+                "prediction_type",
+                "clip_sample",
+                "clip_sample_range",
+                "thresholding",
+                "dynamic_thresholding_ratio",
+                "sample_max_value",
             )
-            return solver
+        }
+        ddim = DDIMScheduler(**shared)
+        ddim.alphas_cumprod = scheduler.alphas_cumprod
+        return ddim
+    if name == "EulerAncestralDiscreteScheduler":
+        euler = EulerDiscreteScheduler(prediction_type=config.prediction_type)
+        euler.is_scale_input_called = True
+        return euler
+    if str(config.get("algorithm_type", "")).startswith("sde-"):
+        solver = copy.copy(scheduler)
+        solver._internal_dict = FrozenDict({**config, "algorithm_type": "dpmsolver++"})
+        return solver
     return scheduler
 
 
-def _points_remembered(scheduler: Any) -> int:
-    """How many visited points decide the next step; fewer means larger groups."""
-    if not isinstance(scheduler, DPMSolverMultistepScheduler):
-        return 0
-    config = scheduler.config
-    if (
-        config.lower_order_final
-        and not config.euler_at_final
-        and config.final_sigmas_type != "zero"
-    ):
-        # Whether the last step is of first order then depends on the number of all steps.
-        return len(scheduler.timesteps)
-    return int(config.solver_order) - 1
-
-
-def _land_ddim(scheduler: Any, timestep: int, landing: int) -> None:
-    """Make DDIM step from ``timestep`` to ``landing``, which it derives from two numbers."""
-    scheduler.num_inference_steps = 1
-    scheduler._internal_dict = FrozenDict(
-        {**scheduler.config, "num_train_timesteps": timestep - landing}
-    )
+def _extrapolate_along(split: _Split, scheduler: Any, latents: Tensor, outputs: Tensor) -> None:
+    """Let a multistep solver extrapolate along the edge, not along the step below it."""
+    remembered = getattr(scheduler, "model_outputs", [])
+    if all(row is None for row in remembered):
+        return
+    current = scheduler.convert_model_output(outputs, sample=latents)
+    scheduler.model_outputs = [
+        row if row is None else current + split.shortening * (row - current) for row in remembered
+    ]
 
 
 def _ddpm_std(scheduler: Any, timestep: Tensor) -> float | Tensor:
@@ -633,29 +894,56 @@ def _ddpm_std(scheduler: Any, timestep: Tensor) -> float | Tensor:
     return variance**0.5 if variance > 1e-20 else 0.0
 
 
-def _ancestral_split(sigma: Tensor, target: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-    """Noise to add, and level to step down to before, so as to end at ``target``.
+# Memory of solvers, as a value
 
-    Ancestral sampling as k-diffusion splits it (``get_ancestral_step``), written as EulerAncestral
-    writes it, for equal bits.
-    """
-    up = eta * (target**2 * (sigma**2 - target**2) / sigma**2) ** 0.5
-    return up, (target**2 - up**2) ** 0.5
+
+def _pack(value: Any, tensors: list[Tensor]) -> Hashable:
+    """What a solver remembers, hashable: tensors of samples go to ``tensors``."""
+    match value:
+        case dict():
+            return ("dict", *((name, _pack(each, tensors)) for name, each in value.items()))
+        case list():
+            return ("list", *(_pack(each, tensors) for each in value))
+        case Tensor() if value.ndim > 0:
+            tensors.append(value)
+            return ("row", len(tensors) - 1)
+        case Tensor():
+            return ("number", value.item(), str(value.dtype).removeprefix("torch."))
+    return value
+
+
+def _unpack(packed: Any, rows: Sequence[Tensor]) -> Any:
+    """The inverse of :func:`_pack`, of a batch."""
+    match packed:
+        case ("dict", *items):
+            return {name: _unpack(each, rows) for name, each in items}
+        case ("list", *items):
+            return [_unpack(each, rows) for each in items]
+        case ("row", number):
+            return rows[number]
+        case ("number", number, dtype):
+            return torch.tensor(number, dtype=getattr(torch, dtype))
+    return packed
+
+
+def _noise(like: Tensor, seeds: Sequence[int]) -> Tensor:
+    return randn_tensor(
+        like.shape, generator=_generators(seeds), device=like.device, dtype=like.dtype
+    )
 
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
-def _by_group(keys: Sequence[int], function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
-    """Apply ``function(key, *rows)`` to the rows of each key, and put the answers in order."""
-    groups: dict[int, list[int]] = {}
+def _by_group(keys: Sequence[Hashable], function: Callable[[list[int]], Tensor]) -> Tensor:
+    """Apply ``function(rows)`` to the rows of each key, and put the answers in order."""
+    groups: dict[Hashable, list[int]] = {}
     for row, key in enumerate(keys):
-        groups.setdefault(int(key), []).append(row)
+        groups.setdefault(key, []).append(row)
     if len(groups) == 1:
-        return function(int(keys[0]), *batches)
-    parts = [function(key, *(b[rows] for b in batches)) for key, rows in groups.items()]
-    return _in_order(parts, groups.values())
+        return function(list(range(len(keys))))
+    return _in_order([function(rows) for rows in groups.values()], groups.values())
 
 
 def _in_order(parts: Sequence[Tensor], rows: Iterable[Sequence[int]]) -> Tensor:

@@ -1,0 +1,485 @@
+"""What is known of every scheduler class of diffusers, and which can be stepped in a tree.
+
+A scheduler is written for one loop: it remembers where it stands, derives the next point from its
+own schedule, and draws noise for a whole batch. What a tree needs to know of it, to step it from
+any point by any stride, is in one literal table here, :data:`TRAITS`; a class that cannot be
+branched is in :data:`REFUSED`, with the reason. Every class of the installed diffusers is in one of
+the two, which a test asserts, and every claim of the table is tested against the stock class.
+``docs/schedulers.md`` is generated from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from mctd_diffusers.errors import UnsupportedSchedulerError
+
+Levels: TypeAlias = Literal["alphas", "solver", "exploding", "flow", "sine", "trigonometric"]
+"""How a scheduler scales signal and noise, ``x = alpha x0 + sigma noise``:
+
+- ``alphas``: by ``alphas_cumprod`` at its timesteps (variance preserving);
+- ``solver``: by its sigmas, as its own ``_sigma_to_alpha_sigma_t`` says (preserving, or flow);
+- ``exploding``: ``alpha`` is 1 and ``sigma`` its sigmas;
+- ``flow``: ``sigma`` its sigmas and ``alpha`` one less them;
+- ``sine``: by its ``alphas`` and ``betas`` (IPNDM);
+- ``trigonometric``: cosine and sine of its timesteps (TrigFlow).
+"""
+
+Estimate: TypeAlias = Literal["step", "convert", "formula"]
+"""Where the denoised estimate comes from: what the step says, the converted output of a multistep
+solver, or the formula of the prediction type."""
+
+Blank: TypeAlias = Callable[[Any], dict[str, Any]]
+
+
+def _forgets(scheduler: Any) -> dict[str, Any]:
+    return {}
+
+
+def _never(scheduler: Any) -> bool:
+    return False
+
+
+def _always(scheduler: Any) -> bool:
+    return True
+
+
+def _reads_nothing(scheduler: Any) -> int:
+    return 0
+
+
+def _any_stride(scheduler: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class SchedulerTraits:
+    """What stepping a scheduler in a tree must know of its class.
+
+    Attributes:
+        levels: how it scales signal and noise.
+        grid: how a step finds its points: ``"points"`` at its place in the schedule, ``"constant"``
+            a constant number of timesteps on, ``"target"`` where its argument ``prev_timestep``
+            says, ``"two calls"`` by a midpoint at which the network is called again.
+        schedule: attributes that hold the schedule, one entry a step, or one more.
+        blank: what it remembers from one step to the next, as it is before the first: attributes
+            by name.
+        reads: how many earlier points of the schedule the next step looks at; ``None`` is all.
+        draws: whether its own step draws noise.
+        takes_eta: whether the share of noise is an argument of its step.
+        adds_noise: whether the noise it draws is simply added to the sample.
+        noise_in_single: whether noise is drawn in single precision whatever the network's.
+        estimate: where the denoised estimate comes from.
+        split: whether noise may be added by stepping to a lower level and noising up again.
+        drops_oldest: whether the oldest output that it remembers is not looked at again.
+        restarts_empty: whether, restarted, it must not see the points before.
+        equal_spacing: whether what it remembers is of use at the spacing before alone.
+        longest_stride: the longest stride that is proven; ``None`` is any.
+        settings: settings that are proven for some values only: name and values.
+        note: for the table of the documentation.
+    """
+
+    levels: Levels
+    grid: Literal["points", "constant", "target", "two calls"] = "points"
+    schedule: tuple[str, ...] = ("timesteps", "sigmas")
+    blank: Blank = _forgets
+    reads: Callable[[Any], int | None] = _reads_nothing
+    draws: Callable[[Any], bool] = _never
+    takes_eta: bool = False
+    adds_noise: bool = True
+    noise_in_single: bool = False
+    estimate: Estimate = "step"
+    split: bool = False
+    drops_oldest: bool = False
+    restarts_empty: bool = False
+    equal_spacing: bool = False
+    longest_stride: Callable[[Any], int | None] = _any_stride
+    settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    note: str = ""
+
+
+# What multistep solvers remember, and how far back they look.
+
+
+def _solver_memory(scheduler: Any) -> dict[str, Any]:
+    return {"model_outputs": [None] * scheduler.config.solver_order, "lower_order_nums": 0}
+
+
+def _solver_reads(scheduler: Any) -> int | None:
+    config = scheduler.config
+    ends_clean = config.euler_at_final or config.final_sigmas_type == "zero"
+    if config.lower_order_final and (config.solver_order > 2 or not ends_clean):
+        # Whether the last steps are of lower order then depends on the number of all steps.
+        return None
+    return int(config.solver_order) - 1
+
+
+def _deis_reads(scheduler: Any) -> int | None:
+    return None if scheduler.config.lower_order_final else int(scheduler.config.solver_order) - 1
+
+
+def _unipc_memory(scheduler: Any) -> dict[str, Any]:
+    order = scheduler.config.solver_order
+    return {
+        **_solver_memory(scheduler),
+        "timestep_list": [None] * order,
+        "last_sample": None,
+        "this_order": 0,
+    }
+
+
+def _sa_memory(scheduler: Any) -> dict[str, Any]:
+    order = max(scheduler.config.predictor_order, scheduler.config.corrector_order - 1)
+    return {
+        "model_outputs": [None] * order,
+        "timestep_list": [None] * order,
+        "lower_order_nums": 0,
+        "last_sample": None,
+        "last_noise": None,
+        "this_predictor_order": 0,
+        "this_corrector_order": 0,
+    }
+
+
+def _singlestep_memory(scheduler: Any) -> dict[str, Any]:
+    return {"model_outputs": [None] * scheduler.config.solver_order, "sample": None}
+
+
+def _midpoint_memory(scheduler: Any) -> dict[str, Any]:
+    return {"sample": None}
+
+
+def _heun_memory(scheduler: Any) -> dict[str, Any]:
+    return {"sample": None, "prev_derivative": None, "dt": None}
+
+
+def _is_sde(scheduler: Any) -> bool:
+    return str(scheduler.config.algorithm_type).startswith("sde-")
+
+
+_THREE: tuple[Any, ...] = ("epsilon", "v_prediction", "sample")
+_TWO = _THREE[:2]
+_WITH_FLOW = (*_THREE, "flow_prediction")
+
+_DDIM = SchedulerTraits(
+    "alphas",
+    grid="constant",
+    schedule=("timesteps",),
+    takes_eta=True,
+    settings={"prediction_type": _THREE},
+    note="lands where the stock scheduler lands after as many steps of its own",
+)
+_DDPM = SchedulerTraits(
+    "alphas",
+    schedule=("timesteps",),
+    draws=_always,
+    settings={
+        "prediction_type": _THREE,
+        "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
+    },
+)
+_CONSISTENCY = SchedulerTraits(
+    "alphas",
+    schedule=("timesteps",),
+    draws=_always,
+    settings={"prediction_type": _THREE},
+    note="noises the estimate again: siblings differ by nearly all of their noise",
+)
+_EULER = SchedulerTraits(
+    "exploding", split=True, settings={"prediction_type": (*_THREE, "original_sample")}
+)
+_KARRAS_MIDPOINT = SchedulerTraits(
+    "exploding",
+    grid="two calls",
+    blank=_midpoint_memory,
+    settings={"prediction_type": _TWO},
+)
+_FLOW = SchedulerTraits("flow", estimate="formula")
+_EDM = SchedulerTraits("exploding", settings={"prediction_type": _TWO})
+
+TRAITS: Mapping[str, SchedulerTraits] = {
+    "CMStochasticIterativeScheduler": SchedulerTraits(
+        "exploding",
+        reads=lambda scheduler: 1,  # it asks whether its schedule has more than one step
+        draws=_always,
+        estimate="formula",
+        note="consistency models trained from EDM",
+    ),
+    "CogVideoXDDIMScheduler": SchedulerTraits(
+        "alphas",
+        grid="constant",
+        schedule=("timesteps",),
+        settings={"prediction_type": _THREE},
+        note="takes an `eta`, and ignores it",
+    ),
+    "CosineDPMSolverMultistepScheduler": SchedulerTraits(
+        "exploding",
+        blank=_solver_memory,
+        reads=_solver_reads,
+        draws=_always,
+        drops_oldest=True,
+        estimate="convert",
+        settings={"prediction_type": _TWO, "solver_order": (2, 1)},
+        note="needs torchsde; its noise is drawn for each edge, not from one Brownian path",
+    ),
+    "DDIMParallelScheduler": _DDIM,
+    "DDIMScheduler": _DDIM,
+    "DDPMParallelScheduler": _DDPM,
+    "DDPMScheduler": _DDPM,
+    "DEISMultistepScheduler": SchedulerTraits(
+        "solver",
+        blank=_solver_memory,
+        reads=_deis_reads,
+        drops_oldest=True,
+        estimate="formula",
+        settings={"prediction_type": _WITH_FLOW, "thresholding": (False,)},
+    ),
+    "DPMSolverMultistepScheduler": SchedulerTraits(
+        "solver",
+        blank=_solver_memory,
+        reads=_solver_reads,
+        draws=_is_sde,
+        noise_in_single=True,
+        drops_oldest=True,
+        estimate="convert",
+        split=True,
+        settings={
+            "prediction_type": _WITH_FLOW,
+            "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+            "variance_type": (None,),
+        },
+    ),
+    "DPMSolverSDEScheduler": SchedulerTraits(
+        "exploding",
+        grid="two calls",
+        blank=lambda scheduler: {"sample": None, "mid_point_sigma": None},
+        draws=_always,
+        adds_noise=False,
+        settings={"prediction_type": _TWO},
+        note="needs torchsde; its noise is drawn for each edge, not from one Brownian path",
+    ),
+    "DPMSolverSinglestepScheduler": SchedulerTraits(
+        "solver",
+        blank=_singlestep_memory,
+        reads=lambda scheduler: None,
+        draws=_is_sde,
+        drops_oldest=True,
+        estimate="convert",
+        restarts_empty=True,
+        longest_stride=lambda scheduler: None if scheduler.config.solver_order <= 2 else 1,
+        settings={
+            "prediction_type": _WITH_FLOW,
+            "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+            "variance_type": (None,),
+        },
+        note="at the third order strides would break its groups of three steps",
+    ),
+    "EDMDPMSolverMultistepScheduler": SchedulerTraits(
+        "exploding",
+        blank=_solver_memory,
+        reads=_solver_reads,
+        draws=_is_sde,
+        drops_oldest=True,
+        estimate="convert",
+        settings={"prediction_type": _TWO},
+    ),
+    "EDMEulerScheduler": _EDM,
+    "EulerAncestralDiscreteScheduler": SchedulerTraits(
+        "exploding", draws=_always, split=True, settings={"prediction_type": _TWO}
+    ),
+    "EulerDiscreteScheduler": _EULER,
+    "FlowMatchEulerDiscreteScheduler": SchedulerTraits(
+        "flow",
+        draws=lambda scheduler: bool(scheduler.config.stochastic_sampling),
+        noise_in_single=True,
+        estimate="formula",
+        settings={"invert_sigmas": (False,)},
+    ),
+    "FlowMatchHeunDiscreteScheduler": SchedulerTraits(
+        "flow", grid="two calls", blank=_heun_memory, estimate="formula"
+    ),
+    "FlowMatchLCMScheduler": SchedulerTraits(
+        "flow",
+        draws=_always,
+        noise_in_single=True,
+        estimate="formula",
+        settings={"invert_sigmas": (False,), "scale_factors": (None,)},
+    ),
+    "HeunDiscreteScheduler": SchedulerTraits(
+        "exploding",
+        grid="two calls",
+        blank=_heun_memory,
+        settings={"prediction_type": _THREE},
+    ),
+    "IPNDMScheduler": SchedulerTraits(
+        "sine",
+        schedule=("timesteps", "alphas", "betas"),
+        blank=lambda scheduler: {"ets": []},
+        reads=lambda scheduler: 1,
+        estimate="formula",
+        equal_spacing=True,
+        settings={"trained_betas": (None,)},
+        note="its coefficients hold at equal spacing: where the stride changes it starts anew",
+    ),
+    "KDPM2AncestralDiscreteScheduler": SchedulerTraits(
+        "exploding",
+        grid="two calls",
+        blank=_midpoint_memory,
+        draws=_always,
+        settings={"prediction_type": _TWO},
+    ),
+    "KDPM2DiscreteScheduler": _KARRAS_MIDPOINT,
+    "LCMScheduler": _CONSISTENCY,
+    "LMSDiscreteScheduler": SchedulerTraits(
+        "exploding",
+        blank=lambda scheduler: {"derivatives": []},
+        reads=lambda scheduler: 3,
+        restarts_empty=True,
+        settings={"prediction_type": _THREE},
+    ),
+    "LTXEulerAncestralRFScheduler": SchedulerTraits(
+        "flow", draws=_always, noise_in_single=True, estimate="formula"
+    ),
+    "MiniMaxH3Scheduler": SchedulerTraits(
+        "flow", estimate="formula", note="its network predicts the velocity towards the data"
+    ),
+    "SASolverScheduler": SchedulerTraits(
+        "solver",
+        blank=_sa_memory,
+        reads=lambda scheduler: max(
+            scheduler.config.predictor_order, scheduler.config.corrector_order
+        ),
+        draws=_always,
+        adds_noise=False,
+        estimate="formula",
+        settings={
+            "prediction_type": _WITH_FLOW,
+            "algorithm_type": ("data_prediction", "noise_prediction"),
+            "thresholding": (False,),
+        },
+        note="draws noise at timesteps 200 to 800, and uses it again in the next step",
+    ),
+    "SCMScheduler": SchedulerTraits(
+        "trigonometric",
+        schedule=("timesteps",),
+        draws=_always,
+        settings={"prediction_type": ("trigflow",)},
+    ),
+    "TCDScheduler": SchedulerTraits(
+        "alphas",
+        schedule=("timesteps",),
+        takes_eta=True,
+        estimate="formula",
+        settings={"prediction_type": _THREE},
+    ),
+    "UnCLIPScheduler": SchedulerTraits(
+        "alphas",
+        grid="target",
+        schedule=("timesteps",),
+        draws=_always,
+        settings={
+            "prediction_type": ("epsilon", "sample"),
+            "variance_type": ("fixed_small_log",),
+        },
+        note="stepped with `prev_timestep`, as the unCLIP pipelines do",
+    ),
+    "UniPCMultistepScheduler": SchedulerTraits(
+        "solver",
+        blank=_unipc_memory,
+        reads=lambda scheduler: scheduler.config.solver_order,
+        estimate="formula",
+        settings={
+            "prediction_type": _WITH_FLOW,
+            "thresholding": (False,),
+            "disable_corrector": ([],),
+            "solver_p": (None,),
+        },
+    ),
+}
+"""Classes that can be stepped in a tree, and how."""
+
+_TOKENS = "its samples are discrete tokens: there is no latent to noise and no denoised estimate"
+_INVERSE = "it adds noise (inversion): its steps lead away from a picture"
+
+REFUSED: Mapping[str, str] = {
+    "AmusedScheduler": _TOKENS,
+    "BlockRefinementScheduler": _TOKENS,
+    "CogVideoXDPMScheduler": "its step takes the estimate and the timestep before as arguments, "
+    "which only its own pipelines pass",
+    "ConsistencyDecoderScheduler": "it decodes latents inside a consistency decoder, and denoises "
+    "none",
+    "DDIMInverseScheduler": _INVERSE,
+    "DDPMWuerstchenScheduler": "its step takes a timestep for each sample, and looks up the first "
+    "alone: samples at different timesteps cannot share a call",
+    "DPMSolverMultistepInverseScheduler": _INVERSE,
+    "DiscreteDDIMScheduler": _TOKENS,
+    "EntropyBoundScheduler": _TOKENS,
+    "FlowMapEulerDiscreteScheduler": "its network is told where the step will end: an evaluated "
+    "sample is of use for one stride alone",
+    "HeliosDMDScheduler": "its step takes the noise and the stages of a video chunk as arguments, "
+    "which only its own pipeline passes",
+    "HeliosScheduler": "its schedule is cut into stages of growing resolution: a stride over their "
+    "borders means nothing",
+    "PNDMScheduler": "its coefficients hold at one spacing alone, it takes its first step twice "
+    "and it cannot start anew in the middle: it has no stride above 1, and no fresh noise",
+    "PiflowScheduler": "its network predicts a policy for one whole segment, and no denoised "
+    "estimate",
+    "RFD4ProteinaScheduler": "its samples are the coordinates of a protein, with a mask of "
+    "residues as an argument",
+    "RePaintScheduler": "its step takes the picture to fill and a mask as arguments, and it jumps "
+    "back up the schedule by itself",
+    "ScoreSdeVeScheduler": "it has no `step`: it predicts and corrects in two functions of its own "
+    "pipeline",
+    "VQDiffusionScheduler": _TOKENS,
+}
+"""Classes that cannot be stepped in a tree, and why."""
+
+
+def traits_of(scheduler: Any) -> SchedulerTraits:
+    """What is known of a scheduler's class.
+
+    Raises:
+        UnsupportedSchedulerError: it is refused, or not in the table (a subclass is not: it may
+            remember more).
+    """
+    name = type(scheduler).__name__
+    is_stock = type(scheduler).__module__.startswith("diffusers.")
+    if is_stock and name in TRAITS:
+        return TRAITS[name]
+    cure = "make one from yours: `DDIMScheduler.from_config(pipe.scheduler.config)`."
+    if is_stock and name in REFUSED:
+        raise UnsupportedSchedulerError(f"{name} cannot be branched: {REFUSED[name]}; {cure}")
+    raise UnsupportedSchedulerError(
+        f"{name} is no scheduler class of diffusers that is known here, so its steps cannot be "
+        f"branched; {cure}"
+    )
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse a scheduler whose steps cannot be branched, by class and by setting.
+
+    Raises:
+        UnsupportedSchedulerError: see :func:`traits_of`; or it is set up in a way that is not
+            proven.
+    """
+    traits = traits_of(scheduler)
+    name = type(scheduler).__name__
+    for setting, allowed in traits.settings.items():
+        given = scheduler.config.get(setting, vars(scheduler).get(setting))
+        if given not in allowed:
+            raise UnsupportedSchedulerError(
+                f"{name} with {setting}={given!r} cannot be branched; allowed are "
+                f"{', '.join(map(repr, allowed))}. Make another from it: "
+                f"`{name}.from_config(scheduler.config, {setting}={allowed[0]!r})`."
+            )
+
+
+def longest_stride(scheduler: Any) -> int | None:
+    """The longest stride that is proven on a scheduler; ``None`` is any.
+
+    Raises:
+        UnsupportedSchedulerError: see :func:`traits_of`.
+    """
+    return traits_of(scheduler).longest_stride(scheduler)
