@@ -1,4 +1,4 @@
-"""The command line: ``mctd generate | compare | demo | bench | diagnose | evaluate-model | ...``.
+"""The command line: ``mctd generate | compare | demo | bench | schedulers | diagnose | ...``.
 
 A command reads its arguments, checks what can be checked at once, and only then loads torch.
 Whatever is wrong ends in one message on standard error and a non-zero exit: 2 for an argument that
@@ -46,6 +46,7 @@ from mctd_diffusers.commands.drawing import about, budget_in_words, draw, prices
 from mctd_diffusers.commands.generate import generate
 from mctd_diffusers.commands.log_searches import log_searches
 from mctd_diffusers.commands.log_trajectories import log_trajectories, relabel
+from mctd_diffusers.commands.schedulers import schedulers
 from mctd_diffusers.commands.train_ige import train_ige
 from mctd_diffusers.errors import ConfigError, MCTDError, SearchError
 
@@ -309,7 +310,7 @@ def compare(
             call=call.arguments,
             seed=seed,
             judge=judge,
-            about=about("compare", model, call.arguments, seed),
+            about=about("compare", model, call.arguments, seed, call.scheduler),
             trees=trees,
             saved=saved,
         )
@@ -354,6 +355,7 @@ def demo(
 
 
 app.command()(bench)
+app.command()(schedulers)
 app.command()(diagnose)
 app.command("log-trajectories")(log_trajectories)
 app.command("log-searches")(log_searches)

@@ -319,6 +319,32 @@ def test_a_wrong_search_is_refused(
     assert fails(capsys, "compare", PROMPT, "--search", search)
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "name", "eta", "config"),
+    [
+        ("ddim:eta=1", "DDIM:eta=1", 1.0, {"clip_sample": False}),
+        ("dpm++ 2m:karras", "DPM++2M:karras", 0.0, {"use_karras_sigmas": True}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_scheduler_is_named_with_its_settings(
+    capsys: pytest.CaptureFixture[str],
+    model: Path,
+    tmp_path: Path,
+    scheduler: str,
+    name: str,
+    eta: float,
+    config: dict[str, Any],
+) -> None:
+    given = ["--scheduler", scheduler, "--output", tmp_path, "--search", "best_of_n", *QUICK]
+    status, _, err = run(capsys, "generate", PROMPT, "--model", model, *given)
+    assert status == 0, err
+    assert json.loads((tmp_path / "result.json").read_text())["scheduler"] == name
+    recipe = read_recipe(tmp_path / "two-blue-cars.png")
+    assert recipe["call"]["eta"] == eta
+    assert {key: recipe["scheduler"]["config"][key] for key in config} == config
+
+
 def test_a_search_with_settings_is_read() -> None:
     label, strategy = cli.parse_search("beam:width=2:branch_eta=0.5")
     assert label == "beam:width=2:branch_eta=0.5"
@@ -350,11 +376,14 @@ def test_a_search_with_settings_is_read() -> None:
         (["--compute", "1", "--search", "beam:width=2"], "4 NFE .* 'beam' over .* at least 8 NFE"),
         (["--time-budget", "0"], "time_budget_s=0"),
         (["--guidance", "nan"], "guidance=nan: give a finite number"),
-        (["--scheduler", "pndm"], "no scheduler is named 'pndm'; the names"),
-        (["--scheduler", "eulr"], "did you mean 'euler'"),
+        (["--scheduler", "eulr"], "no scheduler is named 'eulr'; did you mean 'Euler'. the names"),
         (["--scheduler", "EulerDiscreteSchedule"], "did you mean 'EulerDiscreteScheduler'"),
-        (["--scheduler", "PNDMScheduler"], "'PNDMScheduler' cannot be searched: .* ddim, .* none"),
         (["--scheduler", "SchedulerMixin"], "no scheduler is named 'SchedulerMixin'"),
+        (["--scheduler", "Euler:karas"], "no setting 'karas'; did you mean 'karras'"),
+        (["--scheduler", "DDIM:eta=2"], "eta is '2'; give the share of fresh noise"),
+        (["--scheduler", "Euler:eta=0.5"], "takes none: leave it out.* beam:branch_eta=0.5"),
+        (["--scheduler", "DDIMInverse"], "DDIMInverseScheduler cannot be branched"),
+        (["--scheduler", "FlowEuler"], "'FlowEuler' is for flow-matching models"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
         (["--device", "meta"], "device 'meta' cannot be used"),
         (["--search", "none", "--compute", "2"], "'none' is the stock pipeline.* leave --compute"),
@@ -384,7 +413,8 @@ def test_what_cannot_work_is_refused_in_one_sentence(
         ["demo", "--compute", "0.5"],
         ["bench", "--budgets", "1.5x", "--strategies", "beam:width=2"],
         ["generate", PROMPT, "--scheduler", "eulr"],
-        ["generate", PROMPT, "--scheduler", "PNDMScheduler"],
+        ["generate", PROMPT, "--scheduler", "Euler:karas"],
+        ["bench", "--scheduler", "DDIM:eta=1"],
         ["evaluate-model", "--guidance", "nan"],
         ["compare", PROMPT, "--device", "abacus"],
     ],
@@ -401,6 +431,16 @@ def test_arguments_are_checked_before_the_model_is_loaded(
     assert "nowhere" not in fails(capsys, *arguments, *output)
     texts = [PROMPT] * (arguments[0] in ("generate", "compare"))
     assert "nowhere" in fails(capsys, arguments[0], *texts, *output)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMInverse", "FlowEuler", "UnCLIP"])
+def test_a_scheduler_that_the_model_cannot_have_is_refused_before_its_weights_are_read(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, scheduler: str
+) -> None:
+    shutil.copytree(model / "scheduler", tmp_path / "bare" / "scheduler")
+    given = ["generate", PROMPT, "--model", tmp_path / "bare", "--output", tmp_path / "out"]
+    assert scheduler in fails(capsys, *given, "--scheduler", scheduler)
+    assert "could not load" in fails(capsys, *given, "--scheduler", "Euler")
 
 
 def test_a_seed_beyond_what_a_generator_takes_is_refused(

@@ -126,7 +126,8 @@ def test_a_name_comes_back_as_the_one_way_to_write_it(data: st.DataObject) -> No
         "steps_offset": ["steps_offset=1"],
         "beta_end": ["beta_end=0.02"],
     }
-    choices = [["eta=0.5", "eta=1"], *(some for key, some in others.items() if key in known)]
+    choices = [some for key, some in others.items() if key in known]
+    choices += [["eta=0.5", "eta=1"]] * (name in ("DDIM", "TCD"))
     drawn = [
         data.draw(st.sampled_from([None, *some])) for some in [*choices, *filter(None, [sigmas])]
     ]
@@ -157,6 +158,11 @@ def test_a_name_comes_back_as_the_one_way_to_write_it(data: st.DataObject) -> No
 def test_a_wrong_name_says_the_nearest(text: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         read_scheduler(text)
+
+
+def test_the_guide_lists_every_name_and_word() -> None:
+    guide = (Path(__file__).parents[1] / "docs/how-to-choose-a-search.md").read_text("utf-8")
+    assert [name for name in (*SCHEDULERS, *ALIASES, *WORDS) if f"`{name}`" not in guide] == []
 
 
 # Settings
@@ -261,10 +267,12 @@ def test_what_the_class_itself_refuses_is_said_in_one_sentence() -> None:
             named_scheduler(text, LATENT)
 
 
-def test_whether_an_eta_is_the_stock_steps_own() -> None:
-    assert read_scheduler("DDIM:eta=1").takes_eta
-    assert read_scheduler("TCD").takes_eta
-    assert not read_scheduler("Euler:eta=0.5").takes_eta
+def test_an_eta_that_the_step_does_not_take_is_refused() -> None:
+    """It would do nothing: where a search branches, noise is its own ``branch_eta``."""
+    assert read_scheduler("TCD:eta=0.3").eta == 0.3
+    complaint = "'Euler:eta=0.5' has an eta, and the step of EulerDiscreteScheduler takes none: .*"
+    with pytest.raises(ConfigError, match=complaint + "as in beam:branch_eta=0.5"):
+        read_scheduler("Euler:eta=0.5")
 
 
 # Lists
@@ -405,16 +413,16 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("own")
 def test_a_users_own_class_is_found_from_the_folder() -> None:
     path = list(sys.path)
-    named = named_scheduler("own_schedulers_of_a_test:Mine:karras:eta=0.5", LATENT)
+    named = named_scheduler("own_schedulers_of_a_test:Mine:karras", LATENT)
     assert type(named.scheduler).__name__ == "Mine"
     assert named.scheduler.config.use_karras_sigmas is True
     assert named.scheduler.config.beta_end == LATENT["beta_end"]
-    assert named.name == "own_schedulers_of_a_test:Mine:karras:eta=0.5"
+    assert named.name == "own_schedulers_of_a_test:Mine:karras"
     assert read_scheduler(named.name).name == named.name
     assert sys.path == path
     cooled = named_scheduler("own_schedulers_of_a_test:Cooled:cooling=1", LATENT)
     assert cooled.scheduler.config.cooling == 1.0
-    assert read_scheduler("own_schedulers_of_a_test:Cooled").takes_eta
+    assert read_scheduler("own_schedulers_of_a_test:Cooled:eta=1").eta == 1
 
 
 @pytest.mark.usefixtures("own")

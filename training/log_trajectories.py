@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 
 from mctd_diffusers.commands.log_trajectories import (
     DEFAULT_GRIDS,
-    DEFAULT_SAMPLERS,
+    DEFAULT_SCHEDULERS,
     open_pipeline,
     read_settings,
 )
@@ -56,8 +56,8 @@ class Options:
     siblings: int = field(default=4, metadata={"help": "draws of each stochastic edge"})
     strides: str = field(default="1,2,4,8", metadata={"help": "strides of the jumps"})
     grids: str = field(default=DEFAULT_GRIDS, metadata={"help": "numbers of steps, by turns"})
-    samplers: str = field(
-        default=DEFAULT_SAMPLERS, metadata={"help": "schedulers, by turns; ddim:1 names its eta"}
+    schedulers: str = field(
+        default=DEFAULT_SCHEDULERS, metadata={"help": "by turns; settings as in DDIM:eta=1"}
     )
     probes: int = field(default=3, metadata={"help": "states that siblings are drawn from"})
     guidance: float = field(default=4.0, metadata={"help": "weight of classifier-free guidance"})
@@ -75,7 +75,7 @@ def settings_of(options: Options) -> LogSettings:
     return read_settings(
         prompts=options.prompts,
         num_trajectories=options.trajectories,
-        samplers=options.samplers,
+        schedulers=options.schedulers,
         grids=options.grids,
         strides=options.strides,
         probes=options.probes,

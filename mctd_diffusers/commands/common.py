@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
-import importlib
 import logging
 import math
 import re
@@ -19,21 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mctd_diffusers import EMBEDDED_MODEL
+from mctd_diffusers.denoising.scheduler_names import SCHEDULERS
 from mctd_diffusers.errors import ConfigError, MCTDError
+from mctd_diffusers.imports import imported
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from mctd_diffusers.denoising.scheduler_names import SchedulerName
     from mctd_diffusers.pipeline import MCTDPipeline
-
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "dpm": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler",
-}
-"""Short names of schedulers; diffusers' own class names do as well."""
 
 Model = Annotated[
     str, typer.Option(help="Folder or Hub repository of a diffusers pipeline, or 'embedded'.")
@@ -51,7 +43,8 @@ Ige = Annotated[
 Scheduler = Annotated[
     str | None,
     typer.Option(
-        help=f"One of {', '.join(SCHEDULERS)}, or a class of diffusers [the model's own]."
+        help=f"One of {', '.join(SCHEDULERS)}, a class of diffusers or module:Class; settings "
+        "follow after colons, as in DDIM:eta=1 or DPM++2M:karras:trailing [the model's own]."
     ),
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of one sample.")]
@@ -235,32 +228,6 @@ def whole_numbers(text: str, name: str, *, least: int) -> tuple[int, ...]:
     return numbers
 
 
-def scheduler_class(name: str, searches: Sequence[Any] = ()) -> Any:
-    """Find the scheduler of a short name or a class name.
-
-    Raises:
-        ConfigError: no scheduler has that name, or it cannot be searched.
-    """
-    import diffusers
-
-    class_name = SCHEDULERS.get(name, name)
-    found: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
-    if not isinstance(found, type) or not issubclass(found, diffusers.SchedulerMixin):
-        names = {each.lower(): each for each in (*SCHEDULERS, *SCHEDULERS.values())}
-        near = difflib.get_close_matches(name.lower(), names, 1, 0.6)
-        hint = f"did you mean {names[near[0]]!r}? " if near else ""
-        raise ConfigError(
-            f"no scheduler is named {name!r}; {hint}the names are {', '.join(SCHEDULERS)}, or a "
-            "class of diffusers such as EulerDiscreteScheduler"
-        )
-    if class_name not in SCHEDULERS.values() and any(search is not None for search in searches):
-        raise ConfigError(
-            f"scheduler {name!r} cannot be searched: name one of {', '.join(SCHEDULERS)}, or draw "
-            "with --search none"
-        )
-    return found
-
-
 def _check_device(device: str | None) -> str:
     """The device to draw on, which must be able to hold numbers and give them back.
 
@@ -286,13 +253,13 @@ class Call:
     Attributes:
         searches: as the pipeline takes them, ``None`` for the stock pipeline.
         arguments: of the pipeline's call; a scheduler is added when there is a pipeline.
-        scheduler: class to step with, ``None`` for the model's own.
+        scheduler: to step with, ``None`` for the model's own.
         device: to draw on.
     """
 
     searches: tuple[Any, ...]
     arguments: dict[str, Any]
-    scheduler: Any
+    scheduler: SchedulerName | None
     device: str
 
 
@@ -312,7 +279,7 @@ def check_call(
         searches: as the pipeline takes them.
         steps: of one sample.
         guidance: weight of guidance.
-        scheduler: short name or class name.
+        scheduler: its name and settings.
         device: to draw on; ``None`` for the best there is.
         rows_per_call: as the pipeline takes it.
         budgets: as the pipeline takes them.
@@ -321,6 +288,7 @@ def check_call(
         ConfigError: something cannot work; names the value and the cure.
     """
     from mctd_diffusers.calls import SearchOptions, check_options, nfe_allowed
+    from mctd_diffusers.denoising.scheduler_names import read_scheduler
     from mctd_diffusers.search.budget import Budget
     from mctd_diffusers.search.problem import Problem
     from mctd_diffusers.search.runner import check_budget
@@ -351,7 +319,7 @@ def check_call(
             "rows_per_call": rows_per_call,
             "search_scheduler": None,
         },
-        scheduler=None if scheduler is None else scheduler_class(scheduler, searches),
+        scheduler=None if scheduler is None else read_scheduler(scheduler),
         device=_check_device(device),
     )
 
@@ -366,7 +334,9 @@ def load_pipeline(model: str, reward: Any, call: Call, *, ige: str | None = None
         ige: folder or repository of an information gain evaluator; ``None`` for the model's own.
 
     Raises:
-        ConfigError: the model or the reward cannot be had.
+        ConfigError: the model or the reward cannot be had, or the model's config does not make the
+            scheduler.
+        UnsupportedSchedulerError: a search cannot branch the scheduler.
     """
     import diffusers
     import huggingface_hub
@@ -374,6 +344,7 @@ def load_pipeline(model: str, reward: Any, call: Call, *, ige: str | None = None
     import transformers
     from safetensors import SafetensorError
 
+    from mctd_diffusers.denoising.scheduler_names import named_scheduler
     from mctd_diffusers.pipeline import MCTDPipeline
 
     # What they log of an error is said once, by the error itself.
@@ -388,6 +359,7 @@ def load_pipeline(model: str, reward: Any, call: Call, *, ige: str | None = None
     if ige is not None:
         chosen["ige"] = ige
     try:
+        _check_scheduler(folder, call)
         pipe = MCTDPipeline.from_pretrained(folder, **chosen)
     except MCTDError:
         raise
@@ -404,11 +376,32 @@ def load_pipeline(model: str, reward: Any, call: Call, *, ige: str | None = None
             f"of {', '.join(REWARD_NAMES)}, or the folder or repository of a CLIPModel"
         )
     if call.scheduler is not None:
-        pipe.scheduler = call.scheduler.from_config(pipe.scheduler.config)
-        call.arguments["search_scheduler"] = pipe.scheduler
+        named = named_scheduler(call.scheduler, pipe.scheduler.config)
+        pipe.scheduler = call.arguments["search_scheduler"] = named.scheduler
+        if named.eta is not None:
+            call.arguments["eta"] = named.eta
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     # Weights are often saved in half precision, which a CPU is slow at.
     return pipe.to(device=call.device, dtype=torch.float32)
+
+
+def _check_scheduler(folder: str, call: Call) -> None:
+    """Make the scheduler from the model's config alone, before its weights are read.
+
+    Raises:
+        ConfigError: the config does not make it.
+        UnsupportedSchedulerError: a search cannot branch it.
+        OSError: there is no such model.
+    """
+    if call.scheduler is None:
+        return
+    from mctd_diffusers.denoising.scheduler_names import named_scheduler
+    from mctd_diffusers.denoising.schedulers import check_scheduler
+
+    config = call.scheduler.kind.load_config(folder, subfolder="scheduler")
+    named = named_scheduler(call.scheduler, config)
+    if any(search is not None for search in call.searches):
+        check_scheduler(named.scheduler)
 
 
 def first_line(error: Exception) -> str:
@@ -424,20 +417,7 @@ def named_reward(text: str) -> Any:
     """
     from mctd_diffusers.rewards.resolving import resolve_reward
 
-    module, colon, name = text.partition(":")
-    if not colon:
-        return resolve_reward(text)
-    here = str(Path.cwd())
-    sys.path.insert(0, here)  # as `python -m` has it
-    try:
-        return resolve_reward(getattr(importlib.import_module(module), name))
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{text!r} cannot be had ({error}): write module:function of a module that Python "
-            "finds from this folder"
-        ) from error
-    finally:
-        sys.path.remove(here)
+    return resolve_reward(imported(text, "module:function") if ":" in text else text)
 
 
 # --- the judge ----------------------------------------------------------------------------------

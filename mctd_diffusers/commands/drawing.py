@@ -10,6 +10,7 @@ from mctd_diffusers import EMBEDDED_MODEL
 from mctd_diffusers.errors import SearchError
 
 if TYPE_CHECKING:
+    from mctd_diffusers.denoising.scheduler_names import SchedulerName
     from mctd_diffusers.pipeline import MCTDPipeline
     from mctd_diffusers.viewing.comparison import Column, GoldFn
 
@@ -71,7 +72,13 @@ def prices_of(pipe: MCTDPipeline, column: Column, call: dict[str, Any]) -> Any:
     return pipe.estimate("a picture", search="best_of_n", compute=1.0, **arguments).prices
 
 
-def about(command: str, model: str, call: dict[str, Any], seed: int) -> dict[str, Any]:
+def about(
+    command: str,
+    model: str,
+    call: dict[str, Any],
+    seed: int,
+    scheduler: SchedulerName | None = None,
+) -> dict[str, Any]:
     """Say in ``result.json`` what was run; no path of this machine but the one that was typed."""
     import diffusers
     import torch
@@ -85,6 +92,7 @@ def about(command: str, model: str, call: dict[str, Any], seed: int) -> dict[str
         "seed": seed,
         "budget": budget_in_words(call),
         **{name: given for name, given in kept.items() if given is not None},
+        **({} if scheduler is None else {"scheduler": scheduler.name}),
         "versions": {
             "mctd_diffusers": mctd_diffusers.__version__,
             "diffusers": diffusers.__version__,

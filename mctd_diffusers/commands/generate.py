@@ -115,7 +115,7 @@ def generate(
             error,
             work.texts,
             output,
-            about=about("generate", model, arguments, work.seed),
+            about=about("generate", model, arguments, work.seed, call.scheduler),
             call=arguments,
             trees=trees,
             saved=saved,

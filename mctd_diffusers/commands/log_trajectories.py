@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mctd_diffusers.commands.common import (
-    SCHEDULERS,
     Device,
     Guidance,
     Model,
@@ -22,9 +21,9 @@ from mctd_diffusers.commands.common import (
     named_reward,
     progress_bar,
     say,
-    scheduler_class,
     whole_numbers,
 )
+from mctd_diffusers.denoising.scheduler_names import SCHEDULERS, read_schedulers
 from mctd_diffusers.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from mctd_diffusers.trajectories.plan import LogSettings
 
 DEFAULT_GRIDS = "8,10,12,16,20,25,32,40,50"
-DEFAULT_SAMPLERS = "ddim:0,ddim:1,ddpm,euler"
+DEFAULT_SCHEDULERS = "DDIM,DDIM:eta=1,DDPM,Euler"
 
 Reward = Annotated[
     str | None,
@@ -61,12 +60,13 @@ def log_trajectories(
     grids: Annotated[
         str, typer.Option(help="Numbers of steps, by turns at random.")
     ] = DEFAULT_GRIDS,
-    samplers: Annotated[
+    schedulers: Annotated[
         str,
         typer.Option(
-            help=f"Schedulers by turns at random, {', '.join(SCHEDULERS)}; ddim:1 names its eta."
+            help=f"By turns at random, of {', '.join(SCHEDULERS)}, classes of diffusers; settings "
+            "after colons, as in DDIM:eta=1."
         ),
-    ] = DEFAULT_SAMPLERS,
+    ] = DEFAULT_SCHEDULERS,
     probes: Annotated[
         int, typer.Option(min=0, help="States of each trajectory that siblings are drawn from.")
     ] = 3,
@@ -90,7 +90,7 @@ def log_trajectories(
     settings = read_settings(
         prompts=prompts,
         num_trajectories=trajectories,
-        samplers=samplers,
+        schedulers=schedulers,
         grids=grids,
         strides=strides,
         probes=probes,
@@ -163,7 +163,7 @@ def relabel(
 
 
 def read_settings(
-    *, prompts: str, samplers: str, grids: str, strides: str, **settings: Any
+    *, prompts: str, schedulers: str, grids: str, strides: str, **settings: Any
 ) -> LogSettings:
     """The settings of a split, from options.
 
@@ -175,24 +175,11 @@ def read_settings(
 
     return LogSettings(
         prompts=read_prompts(prompts).prompts,
-        samplers=read_samplers(samplers),
+        schedulers=tuple(said.name for said in read_schedulers(schedulers)),
         grids=whole_numbers(grids, "--grids", least=2),
         strides=whole_numbers(strides, "--strides", least=1),
         **settings,
     )
-
-
-def read_samplers(text: str) -> tuple[str, ...]:
-    """``"ddim:0,ddpm"`` as `LogSettings` has them: ``("DDIMScheduler:0", "DDPMScheduler")``.
-
-    Raises:
-        ConfigError: no scheduler has that name.
-    """
-    samplers = []
-    for part in filter(None, map(str.strip, text.split(","))):
-        name, colon, eta = part.partition(":")
-        samplers.append(f"{scheduler_class(name).__name__}{colon}{eta}")
-    return tuple(samplers)
 
 
 def open_pipeline(

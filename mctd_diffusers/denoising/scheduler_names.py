@@ -118,18 +118,13 @@ class SchedulerName:
         name: the one way to write it: short name, settings in order.
         kind: the class.
         settings: of its config.
-        eta: share of fresh noise, 0 to 1; ``None`` where the text says nothing of it.
+        eta: share of fresh noise of its step, 0 to 1; ``None`` where the text says nothing of it.
     """
 
     name: str
     kind: Any
     settings: Mapping[str, Any]
     eta: float | None
-
-    @property
-    def takes_eta(self) -> bool:
-        """Whether the stock step has an ``eta``; elsewhere it is noise that a search injects."""
-        return "eta" in inspect.signature(self.kind.step).parameters
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,7 @@ class NamedScheduler:
     Attributes:
         name: the one way to write it.
         scheduler: made from the model's config.
-        eta: share of fresh noise, 0 to 1; ``None`` where the name says nothing of it.
+        eta: share of fresh noise of its step, 0 to 1; ``None`` where the name says nothing of it.
     """
 
     name: str
@@ -364,6 +359,8 @@ class _Reading:
         self._defaults = {
             each.name: each.default for each in parameters if each.kind != each.VAR_KEYWORD
         }
+        step = getattr(kind, "step", None)  # some predict and correct instead
+        self._takes_eta = step is not None and "eta" in inspect.signature(step).parameters
         self._parts: dict[str, dict[str, Any]] = {}  # settings by how they are written
         self._eta: float | None = None
 
@@ -443,6 +440,12 @@ class _Reading:
                 f"scheduler {self._text!r}: eta is {value!r}; give the share of fresh noise, a "
                 "number from 0 (deterministic) to 1"
             )
+        if not self._takes_eta:
+            raise ConfigError(
+                f"scheduler {self._text!r} has an eta, and the step of {self._kind.__name__} takes "
+                "none: leave it out, and give the share of noise to a search, as in "
+                f"beam:branch_eta={eta:g}"
+            )
         self._eta = eta
 
     def _value(self, key: str, text: str) -> Any:
@@ -460,13 +463,13 @@ class _Reading:
         words = [word for word in WORDS if self._by_word(word) is not None]
         shorts = [short for short, key in _SHORT_KEYS.items() if key in self._defaults]
         others = [key for key in self._defaults if key not in _SHORT_KEYS.values()]
-        names = {_squashed(name): name for name in (*words, "eta", *shorts, *others)}
+        words += ["eta"] * self._takes_eta
+        names = {_squashed(name): name for name in (*words, *shorts, *others)}
         near = difflib.get_close_matches(_squashed(setting), names, 1, 0.6)
         hint = f"did you mean {names[near[0]]!r}? " if near else ""
         return ConfigError(
             f"scheduler {self._text!r}: {self._kind.__name__} has no setting {setting!r}; {hint}"
-            f"it takes {', '.join([*words, 'eta=NUMBER'])}, and as key=value "
-            f"{', '.join([*shorts, *others])}"
+            f"it takes {', '.join([*words, *shorts, *others])}"
         )
 
 

@@ -27,7 +27,7 @@ _COLUMNS: Final = (
     ("prompt, prompt_index", "", "its text, and the number of that among the split's prompts"),
     ("seed", "", "of the first noise, drawn on the CPU as the stock pipeline draws it"),
     ("family", "", "class of the stock pipeline"),
-    ("scheduler, eta", "", "class that stepped, and the share of fresh noise where it takes one"),
+    ("scheduler, eta", "", "class that stepped, with its settings; share of fresh noise"),
     ("num_steps", "", "T, steps of the grid"),
     ("guidance_scale", "", "of classifier-free guidance"),
     ("latent_shape", "[3]", "channels, height, width; n is their product"),
@@ -198,7 +198,7 @@ def _making(split: str, entries: dict[str, Any]) -> str:
     commands = [entries[name] for name in ("command", "relabelled_by") if entries.get(name)]
     shell = "\n".join(["```bash", *commands, "```"]) if commands else ""
     lines = [
-        f"- samplers: {', '.join(settings.samplers)}",
+        f"- schedulers: {', '.join(settings.schedulers)}",
         f"- grids: {', '.join(map(str, settings.grids))} steps, strides "
         f"{', '.join(map(str, settings.strides))}",
         f"- {settings.probes} probes a trajectory, {settings.siblings} siblings for each stride",

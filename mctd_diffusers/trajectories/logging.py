@@ -1,6 +1,6 @@
 """Logs of denoising trajectories: what the information gain evaluator learns from.
 
-Trajectories of many prompts, grids and samplers are run, and at their states *jumps* are really
+Trajectories of many prompts, grids and schedulers are run, and at their states *jumps* are really
 made: the deterministic step of every stride from the same state, compared with fine steps over the
 same stretch; and *siblings*, several draws of one stochastic edge. One row of the dataset is one
 trajectory. What a shard holds follows from the settings and its number alone, so a log that was
@@ -11,22 +11,25 @@ comes out equal row for row.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from datasets import Dataset
-from diffusers import SchedulerMixin
 from torch import nn
 
 from mctd_diffusers.calls import World
-from mctd_diffusers.denoising.stepper import Stepper, check_scheduler, scheduler_from
+from mctd_diffusers.denoising.scheduler_names import (
+    SchedulerName,
+    named_scheduler,
+    read_scheduler,
+)
+from mctd_diffusers.denoising.schedulers import check_scheduler
+from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.models.weights import weights_hash
 from mctd_diffusers.pipeline import MCTDPipeline
@@ -44,11 +47,9 @@ from mctd_diffusers.trajectories.files import (
 )
 from mctd_diffusers.trajectories.plan import (
     LogSettings,
-    Sampler,
     Shard,
     edges_of,
     nfe_of,
-    parse_sampler,
     refinement_of,
     shard_of,
     work_of,
@@ -146,8 +147,8 @@ def check_log(pipe: MCTDPipeline, settings: LogSettings) -> None:
     """Refuse what the pipeline cannot log, before its first call.
 
     Raises:
-        ConfigError: it has no reward; or a sampler does not exist, has an ``eta`` that its
-            scheduler does not take, or was trained at fewer timesteps than a grid has fine steps.
+        ConfigError: it has no reward; or its config does not make a scheduler, or it was trained
+            at fewer timesteps than a grid has fine steps.
         UnsupportedSchedulerError: a scheduler cannot be branched and strided.
     """
     if pipe.reward_model is None:
@@ -155,60 +156,39 @@ def check_log(pipe: MCTDPipeline, settings: LogSettings) -> None:
             "the value of a state is a reward, and this pipeline has none: name one, as by "
             "--reward clip or pipe.reward_model = ..."
         )
-    for text in settings.samplers:
-        sampler = parse_sampler(text)
-        scheduler = make_scheduler(pipe, sampler.scheduler)
+    for name in settings.schedulers:
+        scheduler = named_scheduler(name, pipe.scheduler.config).scheduler
         check_scheduler(scheduler)
-        if ":" in text and "eta" not in inspect.signature(scheduler.step).parameters:
-            raise ConfigError(
-                f"sampler {text!r} has an eta, and {sampler.scheduler} takes none: leave it out"
-            )
         trained = scheduler.config.num_train_timesteps
         for grid in settings.grids:
             fine = grid * refinement_of(grid)
             if fine > trained:
                 raise ConfigError(
-                    f"grid {grid} is run on {fine} fine steps, and {sampler.scheduler} knows "
+                    f"grid {grid} is run on {fine} fine steps, and {name} knows "
                     f"{trained} timesteps only: leave this grid out, or name a shorter one"
                 )
 
 
 def open_shard(pipe: MCTDPipeline, settings: LogSettings, shard: Shard) -> World:
     """The world of a shard's trajectories, over the fine schedule."""
+    named = named_scheduler(shard.scheduler, pipe.scheduler.config)
     return pipe.open_world(
         [settings.prompts[prompt] for prompt in shard.prompts],
         num_inference_steps=shard.num_steps * shard.refinement,
         guidance_scale=settings.guidance_scale,
-        eta=shard.sampler.eta,
+        eta=named.eta or 0.0,
         generator=[torch.Generator().manual_seed(seed) for seed in shard.seeds],
-        search_scheduler=make_scheduler(pipe, shard.sampler.scheduler),
+        search_scheduler=named.scheduler,
         rows_per_call=settings.rows_per_call,
         reads_features=True,
     )
 
 
-def make_scheduler(pipe: MCTDPipeline, name: str) -> SchedulerMixin:
-    """A scheduler of diffusers by the name of its class, from the config of the pipeline's.
-
-    Raises:
-        ConfigError: diffusers has none of that name.
-    """
-    kind: Any = getattr(diffusers, name, None)
-    is_scheduler = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
-    if not is_scheduler:
-        raise ConfigError(
-            f"diffusers has no scheduler {name!r}: name a class of diffusers.schedulers, such as "
-            "DDIMScheduler"
-        )
-    scheduler: SchedulerMixin = scheduler_from(kind, pipe.scheduler.config)
-    return scheduler
-
-
-def is_deterministic(pipe: MCTDPipeline, sampler: Sampler) -> bool:
-    """Whether all trajectories of a sampler from the same noise are the same."""
-    scheduler = make_scheduler(pipe, sampler.scheduler)
-    scheduler.set_timesteps(2)
-    return not Stepper(scheduler, eta=sampler.eta).is_stochastic(0, Action(1))
+def is_deterministic(pipe: MCTDPipeline, scheduler: SchedulerName) -> bool:
+    """Whether all trajectories of a scheduler from the same noise are the same."""
+    named = named_scheduler(scheduler, pipe.scheduler.config)
+    named.scheduler.set_timesteps(2)
+    return not Stepper(named.scheduler, eta=named.eta or 0.0).is_stochastic(0, Action(1))
 
 
 def _rows_per_call(pipe: MCTDPipeline, settings: LogSettings) -> int:
@@ -279,7 +259,7 @@ def estimate_log(pipe: MCTDPipeline, settings: LogSettings) -> LogEstimate:
     each_is = _determinism(pipe, settings)
     nfe, num_bytes, cost = 0, 0, 0.0
     for shard in shards:
-        deterministic, count = each_is[shard.sampler], len(shard.rows)
+        deterministic, count = each_is[shard.scheduler.name], len(shard.rows)
         work = work_of(settings, shard, deterministic=deterministic)
         work = dataclasses.replace(work, rows=work.nfe * world.prepared.network.rows_per_latent)
         padding = -(-count // world.rows_per_call) * world.rows_per_call / count
@@ -300,12 +280,16 @@ def nfe_of_log(pipe: MCTDPipeline, settings: LogSettings) -> int:
     """Evaluations that a split takes."""
     each_is = _determinism(pipe, settings)
     shards = (shard_of(settings, number) for number in range(settings.num_shards))
-    return sum(nfe_of(settings, shard, deterministic=each_is[shard.sampler]) for shard in shards)
+    return sum(
+        nfe_of(settings, shard, deterministic=each_is[shard.scheduler.name]) for shard in shards
+    )
 
 
-def _determinism(pipe: MCTDPipeline, settings: LogSettings) -> dict[Sampler, bool]:
-    samplers = map(parse_sampler, settings.samplers)
-    return {sampler: is_deterministic(pipe, sampler) for sampler in samplers}
+def _determinism(pipe: MCTDPipeline, settings: LogSettings) -> dict[str, bool]:
+    """Whether each scheduler is, by name."""
+    return {
+        said.name: is_deterministic(pipe, said) for said in map(read_scheduler, settings.schedulers)
+    }
 
 
 def _num_features(world: World) -> int:

@@ -1,6 +1,6 @@
 """What a log is to hold: its settings, its shards, and what they take.
 
-A *shard*, the unit of work, is a file of trajectories of one grid and sampler, which run side by
+A *shard*, the unit of work, is a file of trajectories of one grid and scheduler, which run side by
 side. What it holds follows from the settings and its number alone.
 """
 
@@ -12,18 +12,14 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from mctd_diffusers.denoising.scheduler_names import SchedulerName, read_scheduler
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.environment import Counts
 from mctd_diffusers.search.settings import check_setting
 
 DEFAULT_STRIDES: Final = (1, 2, 4, 8)
 DEFAULT_GRIDS: Final = (8, 10, 12, 16, 20, 25, 32, 40, 50)
-DEFAULT_SAMPLERS: Final = (
-    "DDIMScheduler:0",
-    "DDIMScheduler:1",
-    "DDPMScheduler",
-    "EulerDiscreteScheduler",
-)
+DEFAULT_SCHEDULERS: Final = ("DDIM", "DDIM:eta=1", "DDPM", "Euler")
 FINE_STEPS: Final = 64
 """Least steps of the whole schedule in fine steps, against which jumps are measured."""
 
@@ -35,8 +31,8 @@ class LogSettings:
     Attributes:
         prompts: the texts that trajectories are drawn for.
         num_trajectories: rows of the split.
-        samplers: class names of schedulers; ``"DDIMScheduler:0.5"`` names the ``eta`` too. The
-            shards take turns among them, by chance.
+        schedulers: names of schedulers, with settings, such as ``"DDIM:eta=0.5"``. The shards take
+            turns among them, by chance.
         grids: numbers of steps; likewise.
         strides: of the jumps that are made, in steps of the grid.
         probes: states of a trajectory at which siblings are drawn (and, of a stochastic one, jumps
@@ -53,7 +49,7 @@ class LogSettings:
 
     prompts: tuple[str, ...]
     num_trajectories: int
-    samplers: tuple[str, ...] = DEFAULT_SAMPLERS
+    schedulers: tuple[str, ...] = DEFAULT_SCHEDULERS
     grids: tuple[int, ...] = DEFAULT_GRIDS
     strides: tuple[int, ...] = DEFAULT_STRIDES
     probes: int = 3
@@ -80,8 +76,12 @@ class LogSettings:
         self._check_choices()
 
     def _check_choices(self) -> None:
-        for name in ("samplers", "grids", "strides"):
-            given = getattr(self, name)
+        choices = {
+            "schedulers": tuple(read_scheduler(text).name for text in self.schedulers),
+            "grids": self.grids,
+            "strides": self.strides,
+        }
+        for name, given in choices.items():
             if not given:
                 raise ConfigError(f"{name} are empty: give at least one")
             twice = [choice for choice in given if given.count(choice) > 1]
@@ -96,8 +96,6 @@ class LogSettings:
                 f"stride {max(self.strides)} is longer than every grid, of which the longest has "
                 f"{max(self.grids)} steps: no jump of it fits; leave it out, or add a longer grid"
             )
-        for sampler in self.samplers:
-            parse_sampler(sampler)
 
     @property
     def num_shards(self) -> int:
@@ -105,34 +103,9 @@ class LogSettings:
         return -(-self.num_trajectories // self.shard_size)
 
 
-class Sampler(NamedTuple):
-    """A scheduler, and the ``eta`` of its stock step.
-
-    Attributes:
-        scheduler: class name.
-        eta: share of fresh noise, for those that have one.
-    """
-
-    scheduler: str
-    eta: float
-
-
-def parse_sampler(text: str) -> Sampler:
-    """``"DDIMScheduler:0.5"`` or ``"DDPMScheduler"``.
-
-    Raises:
-        ConfigError: what follows the colon is no number from 0 to 1.
-    """
-    scheduler, _, eta = text.partition(":")
-    try:
-        share = float(eta or 0)
-        if not 0 <= share <= 1:
-            raise ValueError
-    except ValueError:
-        raise ConfigError(
-            f"sampler {text!r} has eta {eta!r}: give a number from 0 to 1, as in 'DDIMScheduler:1'"
-        ) from None
-    return Sampler(scheduler, share)
+def class_and_settings(said: SchedulerName) -> str:
+    """What rows say of their scheduler: its class, and what it is set to."""
+    return ":".join([said.kind.__name__, *(f"{key}={said.settings[key]}" for key in said.settings)])
 
 
 def refinement_of(num_steps: int) -> int:
@@ -142,12 +115,12 @@ def refinement_of(num_steps: int) -> int:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a split: trajectories of one sampler and grid.
+    """One file of a split: trajectories of one scheduler and grid.
 
     Attributes:
         number: of the file.
         rows: indices of its trajectories.
-        sampler: of all of them.
+        scheduler: of all of them.
         num_steps: of their grid.
         refinement: fine steps in one of the grid.
         probes: step indices of the grid at which siblings are drawn.
@@ -157,7 +130,7 @@ class Shard:
 
     number: int
     rows: range
-    sampler: Sampler
+    scheduler: SchedulerName
     num_steps: int
     refinement: int
     probes: tuple[int, ...]
@@ -168,7 +141,7 @@ class Shard:
 def shard_of(settings: LogSettings, number: int) -> Shard:
     """What shard ``number`` holds: a function of the settings alone."""
     chance = _chance(settings, "shard", number)
-    sampler = settings.samplers[chance.integers(len(settings.samplers))]
+    scheduler = settings.schedulers[chance.integers(len(settings.schedulers))]
     num_steps = int(settings.grids[chance.integers(len(settings.grids))])
     last = num_steps - 1  # whose edge finishes, and has no siblings
     count = min(settings.probes, last)
@@ -179,7 +152,7 @@ def shard_of(settings: LogSettings, number: int) -> Shard:
     return Shard(
         number=number,
         rows=rows,
-        sampler=parse_sampler(sampler),
+        scheduler=read_scheduler(scheduler),
         num_steps=num_steps,
         refinement=refinement_of(num_steps),
         probes=tuple(probes),

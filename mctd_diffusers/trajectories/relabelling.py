@@ -22,6 +22,7 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 
 from mctd_diffusers.denoising.denoiser import chunks
+from mctd_diffusers.denoising.scheduler_names import named_scheduler
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.trajectories.files import (
@@ -33,7 +34,7 @@ from mctd_diffusers.trajectories.files import (
     write_begun,
     write_shard,
 )
-from mctd_diffusers.trajectories.logging import identity_of, make_scheduler, reward_identity
+from mctd_diffusers.trajectories.logging import identity_of, reward_identity
 from mctd_diffusers.trajectories.plan import LogSettings
 
 
@@ -125,7 +126,7 @@ class Scorer:
             [""],
             num_inference_steps=2,
             rows_per_call=rows_per_call,
-            search_scheduler=make_scheduler(pipe, "DDIMScheduler"),
+            search_scheduler=named_scheduler("DDIM", pipe.scheduler.config).scheduler,
         )
         self._decoder = world.prepared.decoder
         self._preview = world.prepared.preview or self._decoder

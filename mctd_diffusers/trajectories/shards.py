@@ -12,7 +12,7 @@ from torch import Tensor
 from mctd_diffusers.denoising.environment import LatentEnvironment
 from mctd_diffusers.errors import SearchError
 from mctd_diffusers.search.environment import FIRST_DRAW, Action, Handles
-from mctd_diffusers.trajectories.plan import LogSettings, Shard, number_of
+from mctd_diffusers.trajectories.plan import LogSettings, Shard, class_and_settings, number_of
 
 
 class Jumps(NamedTuple):
@@ -243,8 +243,8 @@ class _Run:
         grid = list(range(0, self.world.num_steps + 1, shard.refinement))
         same = {
             "family": self.family,
-            "scheduler": shard.sampler.scheduler,
-            "eta": shard.sampler.eta,
+            "scheduler": class_and_settings(shard.scheduler),
+            "eta": shard.scheduler.eta or 0.0,
             "num_steps": shard.num_steps,
             "guidance_scale": settings.guidance_scale,
             "latent_shape": list(self.world.sample_shape),

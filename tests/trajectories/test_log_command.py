@@ -43,7 +43,16 @@ def arguments(model: Path, *more: str) -> list[str]:
     """A log of four files, in a second."""
     given = ["log-trajectories", "--prompts", "prompts.txt", "--trajectories", "4"]
     given += ["--model", str(model), "--reward", "brightness", "--output", "log"]
-    given += ["--grids", "8", "--strides", "1,4", "--samplers", "ddim:1,ddpm", "--probes", "1"]
+    given += [
+        "--grids",
+        "8",
+        "--strides",
+        "1,4",
+        "--schedulers",
+        "DDIM:eta=1,ddpm",
+        "--probes",
+        "1",
+    ]
     given += ["--siblings", "2", "--shard-size", "1", "--rows-per-call", "1"]
     return [*given, *more]
 
@@ -127,12 +136,13 @@ def test_ctrl_c_says_what_is_there_and_how_to_go_on(
         (["--strides", "1,64"], "stride 64 is longer than every grid"),
         (["--strides", "1,x"], "--strides is '1,x': give whole numbers"),
         (["--grids", "8,2000"], "grid 2000 is run on 2000 fine steps"),
-        (["--samplers", "ddin"], "no scheduler is named 'ddin'; did you mean 'ddim'?"),
-        (["--samplers", "pndm"], "no scheduler is named 'pndm'"),
-        (["--samplers", "PNDMScheduler"], "cannot be branched and strided yet"),
-        (["--samplers", "ddim:2"], "has eta '2': give a number from 0 to 1"),
-        (["--samplers", "euler:1"], "has an eta, and EulerDiscreteScheduler takes none"),
-        (["--samplers", ","], "samplers are empty"),
+        (["--schedulers", "ddin"], "no scheduler is named 'ddin'; did you mean 'DDIM'?"),
+        (["--schedulers", "Amused"], "scheduler 'Amused' is one of the samplers that set"),
+        (["--schedulers", "DDIMInverse"], "DDIMInverseScheduler cannot be branched"),
+        (["--schedulers", "ddim:eta=2"], "eta is '2'; give the share of fresh noise"),
+        (["--schedulers", "ddim:1"], "DDIMScheduler has no setting '1'"),
+        (["--schedulers", "euler:eta=1"], "has an eta, and the step of EulerDiscreteScheduler"),
+        (["--schedulers", ","], "a name is empty"),
         (["--split", "held-out"], "use letters, digits and underscores"),
         (["--guidance", "nan"], "guidance_scale is nan"),
         (["--reward", "brihgtness"], "brihgtness"),
@@ -200,7 +210,7 @@ def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def quick(model: Path) -> list[str]:
     """A log of forty files, in seconds."""
     given = arguments(model, "--trajectories", "40", "--grids", "4,6", "--strides", "1")
-    return [*given, "--samplers", "ddim:1,ddpm"]
+    return [*given, "--schedulers", "DDIM:eta=1,ddpm"]
 
 
 def test_a_log_that_was_killed_ten_times_equals_one_that_was_not(

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from datasets import List, Value, load_dataset
 
-from mctd_diffusers.errors import ConfigError, UnsupportedSchedulerError
+from mctd_diffusers.denoising.scheduler_names import read_scheduler
+from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.trajectories import plan
 from mctd_diffusers.trajectories.card import write_card
@@ -20,9 +21,8 @@ from mctd_diffusers.trajectories.logging import (
     estimate_log,
     is_deterministic,
     log_trajectories,
-    make_scheduler,
 )
-from mctd_diffusers.trajectories.plan import nfe_of, parse_sampler, shard_of
+from mctd_diffusers.trajectories.plan import nfe_of, shard_of
 from tests.trajectories.tiny_logs import files_of, make_pipe, make_settings, read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -76,7 +76,7 @@ def test_the_card_says_what_is_there_and_how_it_was_made(log: Path, pipe: MCTDPi
     assert "split: held_out" in card
     settings = make_settings()
     nfe = sum(
-        nfe_of(settings, shard, deterministic=is_deterministic(pipe, shard.sampler))
+        nfe_of(settings, shard, deterministic=is_deterministic(pipe, shard.scheduler))
         for shard in (shard_of(settings, number) for number in range(3))
     )
     assert f"| `train` | 5 | 3 | 3 | {nfe:,} | " in card
@@ -172,10 +172,9 @@ def test_another_model_or_reward_is_refused(log: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"samplers": ("DIMScheduler",)}, "diffusers has no scheduler 'DIMScheduler'"),
-        ({"samplers": ("StableDiffusionPipeline",)}, "no scheduler 'StableDiffusionPipeline'"),
-        ({"samplers": ("PNDMScheduler",)}, "PNDMScheduler, whose steps cannot be branched"),
-        ({"samplers": ("DDPMScheduler:1",)}, "'DDPMScheduler:1' has an eta, and DDPMScheduler"),
+        ({"schedulers": ("Amused",)}, "'Amused' is one of the samplers that set noise levels"),
+        ({"schedulers": ("FlowEuler",)}, "'FlowEuler' is for flow-matching models"),
+        ({"schedulers": ("DDIMInverse",)}, "DDIMInverseScheduler cannot be branched"),
         ({"grids": (4, 1001)}, "grid 1001 is run on 1001 fine steps, and .* knows 1000 timesteps"),
     ],
 )
@@ -202,28 +201,22 @@ def test_a_reward_is_needed(tmp_path: Path) -> None:
         next(log_trajectories(make_pipe(reward=None), make_settings(), tmp_path))
 
 
-def test_schedulers_do_not_clip_latents() -> None:
-    pipe = make_pipe(scheduler="euler")  # whose config says nothing of it
-    for name in ("DDIMScheduler", "DDPMScheduler"):
-        assert make_scheduler(pipe, name).config.clip_sample is False
-    assert make_scheduler(pipe, "DDIMScheduler").config.set_alpha_to_one is False
-    with pytest.raises(UnsupportedSchedulerError):
-        next(log_trajectories(pipe, make_settings(samplers=("HeunDiscreteScheduler",)), "none"))
-
-
 @pytest.mark.parametrize(
-    ("sampler", "expected"),
+    ("scheduler", "expected"),
     [
-        ("DDIMScheduler:0", True),
-        ("DDIMScheduler:0.1", False),
-        ("DDPMScheduler", False),
-        ("EulerDiscreteScheduler", True),
-        ("EulerAncestralDiscreteScheduler", False),
-        ("DPMSolverMultistepScheduler", True),
+        ("DDIM", True),
+        ("DDIM:eta=0.1", False),
+        ("DDPM", False),
+        ("Euler", True),
+        ("EulerAncestral", False),
+        ("DPM++2M", True),
+        ("DPM++2M-SDE", False),
     ],
 )
-def test_samplers_with_noise_are_known(pipe: MCTDPipeline, sampler: str, expected: bool) -> None:
-    assert is_deterministic(pipe, parse_sampler(sampler)) is expected
+def test_schedulers_with_noise_are_known(
+    pipe: MCTDPipeline, scheduler: str, expected: bool
+) -> None:
+    assert is_deterministic(pipe, read_scheduler(scheduler)) is expected
 
 
 def test_an_estimate_counts_what_is_written(pipe: MCTDPipeline, log: Path) -> None:

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mctd_diffusers.denoising.scheduler_names import read_scheduler
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.trajectories.plan import (
     FINE_STEPS,
     LogSettings,
-    Sampler,
+    class_and_settings,
     edges_of,
     nfe_of,
-    parse_sampler,
     shard_of,
 )
 from tests.trajectories.tiny_logs import make_settings
@@ -61,11 +61,11 @@ def test_choices_and_noise_hang_on_the_seed() -> None:
     assert {*one.seeds}.isdisjoint(other.seeds)
 
 
-def test_grids_and_samplers_are_mixed() -> None:
+def test_grids_and_schedulers_are_mixed() -> None:
     settings = make_settings(num_trajectories=400, shard_size=2)
     shards = [shard_of(settings, number) for number in range(200)]
     assert {shard.num_steps for shard in shards} == {4, 6}
-    assert len({shard.sampler for shard in shards}) == 4
+    assert len({shard.scheduler.name for shard in shards}) == 4
     assert {prompt for shard in shards for prompt in shard.prompts} == {0, 1, 2}
 
 
@@ -113,8 +113,11 @@ def test_a_path_that_reaches_the_end_is_not_evaluated_there() -> None:
         ({"strides": (0, 1)}, "a stride is 0"),
         ({"strides": (1, 2, 1)}, "name 1 twice"),
         ({"strides": (1, 7)}, "stride 7 is longer than every grid, of which the longest has 6"),
-        ({"samplers": ("DDIMScheduler:1.5",)}, "has eta '1.5': give a number from 0 to 1"),
-        ({"samplers": ("DDIMScheduler:much",)}, "has eta 'much'"),
+        ({"schedulers": ()}, "schedulers are empty: give at least one"),
+        ({"schedulers": ("DDIM", "ddim")}, "name 'DDIM' twice"),
+        ({"schedulers": ("DIMScheduler",)}, "no scheduler is named 'DIMScheduler'; did you mean"),
+        ({"schedulers": ("DDIM:eta=1.5",)}, "eta is '1.5'; give the share of fresh noise"),
+        ({"schedulers": ("DDPM:eta=1",)}, "has an eta, and the step of DDPMScheduler takes none"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], complaint: str) -> None:
@@ -122,7 +125,14 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], complain
         make_settings(**changes)
 
 
-def test_samplers_are_read() -> None:
-    assert parse_sampler("DDIMScheduler:0.5") == Sampler("DDIMScheduler", 0.5)
-    assert parse_sampler("DDPMScheduler") == Sampler("DDPMScheduler", 0)
+def test_rows_name_the_class_and_what_it_is_set_to() -> None:
+    assert class_and_settings(read_scheduler("DDIM:eta=0.5")) == "DDIMScheduler"
+    trailing = class_and_settings(read_scheduler("ddim:trailing"))
+    assert trailing == "DDIMScheduler:timestep_spacing=trailing"
+    assert class_and_settings(read_scheduler("DPM++2M-SDE")) != class_and_settings(
+        read_scheduler("DPM++2M")
+    )
+
+
+def test_shards_are_counted() -> None:
     assert LogSettings(("a cat",), 1).num_shards == 1

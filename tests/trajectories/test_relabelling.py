@@ -41,8 +41,8 @@ def write_log(pipe: MCTDPipeline, folder: Path) -> None:
     """Two splits, of deterministic and of stochastic trajectories."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "FINE_STEPS", 8)
-        for split, sampler in (("train", "DDIMScheduler:0"), ("other", "DDPMScheduler")):
-            settings = make_settings(grids=(4,), samplers=(sampler,), num_trajectories=3)
+        for split, scheduler in (("train", "DDIM"), ("other", "DDPM")):
+            settings = make_settings(grids=(4,), schedulers=(scheduler,), num_trajectories=3)
             list(log_trajectories(pipe, settings, folder, split=split))
 
 
