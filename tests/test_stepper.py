@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mctd_diffusers.denoising.schedulers import TRAITS, check_scheduler
-from mctd_diffusers.denoising.stepper import SolverState, Stepper
+from mctd_diffusers.denoising.solver_memory import SolverState
+from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError, ScheduleError, UnsupportedSchedulerError
 from mctd_diffusers.search.environment import Action
 from tests.schedulers import (
