@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -102,13 +104,35 @@ def scheduler_class(kind: str) -> Any:
 def make_scheduler(name: str, num_steps: int = 0, **settings: Any) -> Any:
     """The scheduler of that name, with its schedule set where `num_steps` is given."""
     kind, own = SCHEDULERS[name]
+    return make_of_class(kind, num_steps, **{**own, **settings})
+
+
+def make_of_class(kind: str, num_steps: int = 0, **settings: Any) -> Any:
+    """A scheduler of that class with some settings, and the common ones that it knows."""
     made = scheduler_class(kind)
     known = inspect.signature(made).parameters
     common = {key: value for key, value in COMMON.items() if key in known}
-    scheduler = made(**{**common, **own, **settings})
+    # Some classes lay out a schedule of all 1,000 timesteps when they are made: half a second.
+    return copy.deepcopy(_made(made, num_steps, _Settings({**common, **settings})))
+
+
+class _Settings(dict[str, Any]):
+    """Settings, known again by what they say."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(repr(self))
+
+    def __eq__(self, other: object) -> bool:
+        return repr(self) == repr(other)
+
+
+@functools.lru_cache(maxsize=256)
+def _made(made: Any, num_steps: int, settings: _Settings) -> Any:
     if num_steps:
+        scheduler = copy.deepcopy(_made(made, 0, settings))
         set_steps(scheduler, num_steps)
-    return scheduler
+        return scheduler
+    return made(**settings)
 
 
 def set_steps(scheduler: Any, num_steps: int) -> None:
