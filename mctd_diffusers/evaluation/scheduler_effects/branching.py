@@ -273,6 +273,12 @@ def telling_of(found: Sequence[Branching], scheduler: str) -> Telling:
 
 def _correlation_at(rows: Sequence[Branching], step_index: int) -> Interval | None:
     """Mean over prompts of the correlation over samples; prompts without one are left out."""
-    each = [correlation(np.array(row.values)[:, step_index], np.array(row.rewards)) for row in rows]
+    each = [
+        correlation(
+            np.array(row.values, dtype=np.float64)[:, step_index],
+            np.array(row.rewards, dtype=np.float64),
+        )
+        for row in rows
+    ]
     known: Float[np.ndarray, " prompts"] = np.array([one for one in each if one is not None])
     return bootstrap_mean(known) if len(known) else None

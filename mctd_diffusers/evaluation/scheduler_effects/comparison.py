@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
@@ -76,21 +75,6 @@ def arm_of(method: Method) -> Arm:
     return Arm(method.label.removesuffix(f":stride_policy={policy}"), policy)
 
 
-def check_eta(named: NamedScheduler) -> None:
-    """Refuse a share of noise that the scheduler's own step does not take.
-
-    Raises:
-        ConfigError: it takes none.
-    """
-    kind = type(named.scheduler)
-    if named.eta is not None and "eta" not in inspect.signature(kind.step).parameters:
-        raise ConfigError(
-            f"scheduler {named.name!r} has an eta, and the step of {kind.__name__} takes "
-            "none: leave it out, and give the share of noise to the search, as in "
-            f"mctd:branch_eta={named.eta:g}"
-        )
-
-
 def stepper_of(named: NamedScheduler, num_steps: int) -> Stepper:
     """A stepper over a schedule of so many steps."""
     scheduler = copy.deepcopy(named.scheduler)
@@ -109,7 +93,7 @@ class Comparison:
 
     Raises:
         ConfigError: nothing to compare, something named twice, a budget of seconds, or too few
-            steps for a solver; or a share of noise that a scheduler does not take.
+            steps for a solver.
     """
 
     schedulers: tuple[NamedScheduler, ...]
@@ -120,8 +104,6 @@ class Comparison:
         names = [named.name for named in self.schedulers]
         if not names:
             raise ConfigError("there is no scheduler to compare: name at least one, such as DDIM")
-        for named in self.schedulers:
-            check_eta(named)
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"scheduler {name!r} is named twice, name it once")

@@ -86,7 +86,7 @@ def _draw_differences(ax: Axes, results: SchedulerResults, arm: Arm) -> None:
             labels.append(f"{budget} {scheduler}")
     ax.axvline(0, color=_INK, linewidth=0.8)
     ax.set_yticks(range(len(labels)), labels, fontsize=8)
-    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.set_ylim(max(len(labels), 1) - 0.5, -0.5)
     ax.set_xlabel(f"gold above {results.reference}, paired")
     _tidy(ax)
 

@@ -88,7 +88,7 @@ class SchedulerSuite:
         images: list[Tensor] = []
 
         def search(reward: RewardFn) -> Searched:
-            found = self._search(task, reward)
+            found = self.search(task, reward)
             images.append(found.images)
             return found
 
@@ -115,7 +115,7 @@ class SchedulerSuite:
         )
 
     @torch.no_grad()
-    def _search(self, task: Task, reward: RewardFn) -> Searched:
+    def search(self, task: Task, reward: RewardFn) -> Searched:
         """Search as a call of the pipeline does, from root seeds that know no scheduler."""
         world, strategy = self._open(task, reward), task.method.strategy
         strides = stride_parts_of(strategy, world.stepper, self._pipe.ige, world.rows_per_call)
