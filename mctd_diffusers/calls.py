@@ -24,7 +24,7 @@ from mctd_diffusers.denoising.environment import LatentEnvironment, measure_pric
 from mctd_diffusers.denoising.gains import NO_STRIDE_PARTS, GainHead, StrideParts, stride_parts
 from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, Network, Outputs
 from mctd_diffusers.denoising.stepper import Stepper
-from mctd_diffusers.errors import BudgetError, ConfigError
+from mctd_diffusers.errors import BudgetError, ConfigError, UnsupportedSchedulerError
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.models.observations import Observations, observe
 from mctd_diffusers.models.weights import weights_digest
@@ -37,6 +37,7 @@ from mctd_diffusers.search.seeding import root_seed_of
 from mctd_diffusers.search.settings import is_number
 from mctd_diffusers.search.strategies import resolve_strategy
 from mctd_diffusers.search.stride_policies import HasStridePolicy
+from mctd_diffusers.search.strides import HasLongestStride
 from mctd_diffusers.search.tree import STEP, Tree, path_to_root
 
 DEFAULT_COMPUTE = 8
@@ -117,6 +118,25 @@ def stride_parts_of(
         return NO_STRIDE_PARTS
     strides = strategy.stride_set(stepper.num_steps)
     return stride_parts(strategy.policy, strides, stepper, head, rows_per_call)
+
+
+def check_longest_stride(strategy: Strategy, stepper: Stepper, scheduler: SchedulerMixin) -> None:
+    """Refuse a search that would step farther than its scheduler can.
+
+    Raises:
+        UnsupportedSchedulerError: it says that it would.
+    """
+    limit = stepper.longest_stride
+    if limit is None or not isinstance(strategy, HasLongestStride):
+        return
+    longest = strategy.longest_stride(stepper.num_steps)
+    if longest > limit:
+        raise UnsupportedSchedulerError(
+            f"{type(scheduler).__name__}, as it is set up, is stepped by strides of {limit} at "
+            f"most, and search {strategy.name!r} takes strides of up to {longest}: pass "
+            f"strides=({limit},), or a strategy with stride={limit}, or search with another "
+            "scheduler, such as search_scheduler=DDIMScheduler.from_config(pipe.scheduler.config)"
+        )
 
 
 def check_options(options: SearchOptions) -> None:
@@ -374,6 +394,8 @@ class World:
                 budget=budget,
                 prices=self.prices,
                 rows_per_nfe=self.prepared.network.rows_per_latent,
+                calls_per_step=self.stepper.calls_per_step,
+                longest_stride=self.stepper.longest_stride,
                 guidance_scale=self.environment.guidance_scale,
                 value_spends=value_spends,
                 stride_costs=self.strides.costs,
@@ -423,8 +445,9 @@ class World:
         first, network = self.prepared.first_latents[:1], self.prepared.network
         rows = [0] * self.rows_per_call
         batch = first.expand(self.rows_per_call, *first.shape[1:]).contiguous()
-        inputs = self.stepper.scale_model_input(batch, rows)
-        timesteps = self.stepper.timesteps[rows].to(batch.device)
+        inputs, timesteps = self.stepper.network_input(
+            batch, [self.stepper.initial_state()] * self.rows_per_call
+        )
         started = time.perf_counter()
         network(inputs, timesteps, rows)
         synchronize(batch.device)
@@ -477,8 +500,13 @@ class SearchCall:
     seconds: float | None
 
 
-def nfe_allowed(options: SearchOptions, num_steps: int) -> int | None:
-    """Evaluations that a call may spend on each image; ``None`` where another budget bounds it.
+def nfe_allowed(options: SearchOptions, num_steps: int, calls_per_step: int = 1) -> int | None:
+    """NFE that a call may spend on each image; ``None`` where another budget bounds it.
+
+    Args:
+        options: of the call.
+        num_steps: of a plain sample.
+        calls_per_step: NFE that a step of it takes at most.
 
     Raises:
         BudgetError: it is not even one.
@@ -487,7 +515,7 @@ def nfe_allowed(options: SearchOptions, num_steps: int) -> int | None:
     if options.compute is None and any(other is not None for other in others):
         return options.nfe_budget
     compute = DEFAULT_COMPUTE if options.compute is None else options.compute
-    nfe = math.floor(compute * num_steps + 1e-9)
+    nfe = math.floor(compute * num_steps * calls_per_step + 1e-9)
     if nfe == 0:
         raise BudgetError(
             f"compute={compute} of {num_steps} steps is less than one NFE: give at least "
@@ -501,7 +529,8 @@ def call_budgets(
 ) -> tuple[Budget, Budget | None]:
     """What may be spent on each image: by the search, and by its plain sample beside it."""
     num_steps = world.stepper.num_steps
-    budget = Budget(nfe_allowed(options, num_steps), options.cost_budget)
+    nfe = nfe_allowed(options, num_steps, world.stepper.calls_per_step)
+    budget = Budget(nfe, options.cost_budget)
     if not world.with_plain:
         return budget, None
     account = world.problems(budget)[0].account

@@ -42,6 +42,7 @@ from mctd_diffusers.calls import (
     World,
     as_config_errors,
     call_budgets,
+    check_longest_stride,
     check_options,
     check_save_every,
     check_stock,
@@ -55,7 +56,9 @@ from mctd_diffusers.calls import (
 from mctd_diffusers.denoising.denoiser import chunks
 from mctd_diffusers.denoising.environment import LatentEnvironment
 from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, RewardFn
-from mctd_diffusers.denoising.stepper import Stepper, check_scheduler, scheduler_from
+from mctd_diffusers.denoising.scheduler_names import scheduler_from
+from mctd_diffusers.denoising.schedulers import check_scheduler
+from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError, SearchError, UnsupportedSchedulerError
 from mctd_diffusers.hub import (
     CARD,
@@ -726,6 +729,7 @@ class MCTDPipeline(DiffusionPipeline):
         with self._stepping(scheduler), as_config_errors():
             self._set_timesteps(stock)
             stepper = Stepper(scheduler, eta=stock["eta"])
+            check_longest_stride(strategy, stepper, scheduler)
             prepared = self._prepare(stock, prompts_per_call)
         settings = recipe_settings(
             stock,
@@ -1163,9 +1167,10 @@ class MCTDPipeline(DiffusionPipeline):
         stock["generator"] = torch.Generator().manual_seed(0)
         world, strategy = self._set_up(stock, options)
         prices, seconds_per_row = world.measure_prices(), world.seconds_per_row()
-        images, num_steps = len(world.prompts), world.stepper.num_steps
-        value = prices.preview + prices.reward_call
-        finish = (prices.decode + prices.reward_call) / num_steps
+        images, calls_per_step = len(world.prompts), world.stepper.calls_per_step
+        plain_nfe = world.stepper.num_steps * calls_per_step
+        value = (prices.preview + prices.reward_call) / calls_per_step
+        finish = (prices.decode + prices.reward_call) / plain_nfe
         cost_per_nfe = world.prepared.network.rows_per_latent + value + finish
         nfe: float = 0
         for budget in call_budgets(world, strategy, options):
@@ -1176,7 +1181,7 @@ class MCTDPipeline(DiffusionPipeline):
                 nfe += most * images
         seconds_per_nfe = cost_per_nfe * seconds_per_row
         if options.time_budget_s is not None:
-            nfe = max(min(nfe, options.time_budget_s / seconds_per_nfe), num_steps * images)
+            nfe = max(min(nfe, options.time_budget_s / seconds_per_nfe), plain_nfe * images)
         self.maybe_free_model_hooks()
         return Estimate(
             nfe=math.floor(nfe),

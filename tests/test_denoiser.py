@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from mctd_diffusers.denoising.denoiser import Denoiser, FeatureTap, chunks
 from mctd_diffusers.denoising.protocols import Outputs
+from mctd_diffusers.denoising.solver_memory import SolverState
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.environment import Counts, Ledger
@@ -21,6 +23,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 EMBEDS, NEGATIVE = noise(3, 5, 16, seed=1), noise(3, 5, 16, seed=2)
 INDICES, PROBLEMS = [0, 3, 3, 1, 7, 2, 0], [0, 1, 2, 0, 1, 2, 2]
+
+
+def states(denoiser: Denoiser, indices: Sequence[int]) -> list[SolverState]:
+    """Where samples stand that begin at step indices."""
+    return [denoiser.stepper.initial_state(index) for index in indices]
 
 
 def make(network: Any, rows_per_call: int, name: str = "ddim", **extra: Any) -> Denoiser:
@@ -48,10 +55,14 @@ def test_chunks_cover_every_row_once_and_are_of_one_size(rows: int, rows_per_cal
 def test_a_row_depends_neither_on_its_company_nor_on_its_place(unet: Any, name: str) -> None:
     denoiser = make(GuidedUNet(unet, EMBEDS, NEGATIVE, 3.0), 4, name)
     latents = noise(7, 4, 8, 8) * denoiser.stepper.init_noise_sigma
-    together = denoiser(latents, INDICES, PROBLEMS).outputs
+    together = denoiser(latents, states(denoiser, INDICES), PROBLEMS).outputs
     assert together.unconditional is not None
     for order in ([6, 0, 3], [5], [1, 2, 4, 6, 0]):
-        other = denoiser(latents[order], [INDICES[i] for i in order], [PROBLEMS[i] for i in order])
+        other = denoiser(
+            latents[order],
+            states(denoiser, [INDICES[i] for i in order]),
+            [PROBLEMS[i] for i in order],
+        )
         assert torch.equal(other.outputs.conditional, together.conditional[order])
         assert other.outputs.unconditional is not None
         assert torch.equal(other.outputs.unconditional, together.unconditional[order])
@@ -62,7 +73,7 @@ def test_one_row_calls_are_the_stock_pipelines_call_bit_for_bit(unet: Any) -> No
     scheduler = make_scheduler("euler", 8)
     denoiser = make(GuidedUNet(unet, EMBEDS, NEGATIVE, 3.0), 1, "euler")
     latents = noise(7, 4, 8, 8) * scheduler.init_noise_sigma
-    ours = denoiser(latents, INDICES, PROBLEMS).outputs
+    ours = denoiser(latents, states(denoiser, INDICES), PROBLEMS).outputs
     for row, (index, problem) in enumerate(zip(INDICES, PROBLEMS, strict=True)):
         timestep = scheduler.timesteps[index]
         scheduler._step_index = index
@@ -78,7 +89,7 @@ def test_one_row_calls_are_the_stock_pipelines_call_bit_for_bit(unet: Any) -> No
 def test_useful_and_padded_rows_are_metered_by_problem(unet: Any) -> None:
     network = GuidedUNet(unet, EMBEDS, NEGATIVE, 3.0)
     denoiser = make(network, 4)
-    denoiser(noise(7, 4, 8, 8), INDICES, PROBLEMS)
+    denoiser(noise(7, 4, 8, 8), states(denoiser, INDICES), PROBLEMS)
     ledger = denoiser.ledger
     assert network.sizes == [4, 4]
     assert ledger.total == Counts(nfe=7, rows=14, padded_rows=2, calls=2)
@@ -93,7 +104,7 @@ def test_useful_and_padded_rows_are_metered_by_problem(unet: Any) -> None:
 @torch.no_grad()
 def test_without_guidance_an_nfe_is_a_row(unet: Any) -> None:
     denoiser = make(PlainUNet(unet, EMBEDS), 4)
-    outputs = denoiser(noise(3, 4, 8, 8), [0, 1, 2], [0, 1, 2]).outputs
+    outputs = denoiser(noise(3, 4, 8, 8), states(denoiser, [0, 1, 2]), [0, 1, 2]).outputs
     assert outputs.unconditional is None
     assert torch.equal(denoiser.combine(outputs), outputs.conditional)
     assert denoiser.ledger.total == Counts(nfe=3, rows=3, padded_rows=1, calls=1)
@@ -121,9 +132,9 @@ def test_features_are_those_of_the_conditional_rows(unet: Any, rows_per_call: in
     latents = noise(6, 4, 8, 8)
     network = GuidedUNet(unet, EMBEDS, NEGATIVE, 3.0)
     denoiser = make(network, rows_per_call, features=FeatureTap(unet, rows_per_latent=2))
-    features = denoiser(latents, INDICES[:6], PROBLEMS[:6]).features
+    features = denoiser(latents, states(denoiser, INDICES[:6]), PROBLEMS[:6]).features
     plain = make(PlainUNet(unet, EMBEDS), rows_per_call, features=FeatureTap(unet))
-    expected = plain(latents, INDICES[:6], PROBLEMS[:6]).features
+    expected = plain(latents, states(plain, INDICES[:6]), PROBLEMS[:6]).features
     shapes = {name: tuple(feature.shape) for name, feature in features.items()}
     assert shapes == {"down.0": (6, 64), "down.1": (6, 128), "mid": (6, 128)}
     for name, feature in features.items():

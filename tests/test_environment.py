@@ -34,10 +34,15 @@ from mctd_diffusers.search.environment import (
 from tests.schedulers import make_scheduler, noise
 from tests.tiny_models import GuidedUNet, PlainUNet
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 
 SCALE = 3.0
 NUM_STEPS = 8
+NAMES = ["ddim", "ddpm", "euler", "euler-a", "dpm++", "sde-dpm++"]
+TWO_CALLS = ["heun", "heun-karras", "kdpm2"]
 FIRST = noise(3, 4, 8, 8, seed=3)
 
 
@@ -131,7 +136,7 @@ def advance(
 # Against the stock pipeline
 
 
-@pytest.mark.parametrize("name", ["ddim", "euler", "euler-karras", "dpm++"])
+@pytest.mark.parametrize("name", ["ddim", "euler", "euler-karras", "dpm++", *TWO_CALLS])
 def test_a_chain_of_single_steps_is_the_stock_picture_bit_for_bit(
     unet: Any, vae: Any, name: str
 ) -> None:
@@ -156,18 +161,23 @@ def test_a_chain_of_single_steps_is_the_stock_picture_bit_for_bit(
     finished = advance(environment, world.start(0), [1] * NUM_STEPS)
     assert torch.equal(environment.denoised(finished), latents)
     assert torch.equal(environment.images(finished), picture)
+    nfe = 2 * NUM_STEPS - 1 if name in TWO_CALLS else NUM_STEPS
+    assert environment.ledger.total == Counts(nfe=nfe, rows=2 * nfe, calls=nfe, decodes=1)
 
 
 # A sample depends on its own path alone
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "euler-a", "dpm++", "sde-dpm++"])
-def test_samples_are_the_same_in_any_company(unet: Any, vae: Any, name: str) -> None:
+@pytest.mark.parametrize("eta", [1.0, None])
+@pytest.mark.parametrize("name", [*NAMES, "heun", "kdpm2-a", "dpm-sde", "unipc"])
+def test_samples_are_the_same_in_any_company(
+    unet: Any, vae: Any, name: str, eta: float | None
+) -> None:
     paths = [(0, [1, 2, 4, 1]), (1, [2, 2, 2, 2]), (1, [4, 4]), (2, [8]), (0, [2, 4, 2])]
     alone = []
     for seed, (problem, strides) in enumerate(paths):
         world = World(unet, vae, name)
-        finished = advance(world.environment, world.start(problem), strides, 1.0, 100 * seed)
+        finished = advance(world.environment, world.start(problem), strides, eta, 100 * seed)
         alone.append((world.environment.denoised(finished), world.environment.reward(finished)))
 
     world = World(unet, vae, name)
@@ -179,7 +189,7 @@ def test_samples_are_the_same_in_any_company(unet: Any, vae: Any, name: str) -> 
         environment.value(handles[going[:2]])
         handles[going] = environment.step(
             handles[going],
-            [Action(paths[i][1][taken[i]], 1.0) for i in going],
+            [Action(paths[i][1][taken[i]], eta) for i in going],
             array(*[100 * i + taken[i] for i in going]),
         )
         for i in going:
@@ -257,6 +267,91 @@ def test_values_and_rewards_are_those_of_the_sample_and_its_prompt(unet: Any, va
     assert rewards.tolist() == means[[2, 0, 2, 1]].tolist()
 
 
+# Solvers of two calls
+
+
+def test_the_second_call_of_an_edge_is_made_with_its_child(unet: Any, vae: Any) -> None:
+    environment = (world := World(unet, vae, "heun")).environment
+    handles = world.start(0, 1, 2)
+    environment.denoise(handles)
+    # Not to the end, and not where noise is added to a step of one call.
+    actions = [Action(2), Action(8), Action(2, 0.5)]
+    children = environment.step(handles, actions, array(1, 2, 3))
+    assert environment.step_price(handles, actions) == Counts(nfe=1, rows=2)
+    assert environment.step_price(handles[:1].repeat(3), actions[:1] * 3) == Counts(nfe=3, rows=6)
+    before = environment.ledger.total
+    assert before == Counts(nfe=3, rows=6, padded_rows=2, calls=1)
+    environment.reward(children[1:2])
+    environment.denoise(children[[0, 2]])
+    environment.denoise(children[[0, 2]])
+    each = {index: environment.ledger.spent(index).nfe for index in range(3)}
+    assert each == {0: 3, 1: 1, 2: 2}
+    spent = environment.ledger.total - before
+    assert spent == Counts(nfe=3, rows=6, padded_rows=10, calls=2, decodes=1, reward_calls=1)
+    assert set(world.network.sizes) == set(world.network.combined) == {4}
+
+
+def test_a_midpoint_is_guided_as_its_edge_is(unet: Any, vae: Any) -> None:
+    worlds = [World(unet, vae, "heun") for _ in range(3)]
+    worlds[0].network.guidance_scale = 1.5
+    ends = []
+    for world, guidance in zip(worlds, (None, 1.5, None), strict=True):
+        handles = world.start(0, 1)
+        world.environment.denoise(handles)
+        actions = [Action(2, None, guidance), Action(3, None, guidance)]
+        children = world.environment.step(handles, actions, array(5, 6))
+        ends.append(world.environment.latents(children))
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("name", ["heun", "kdpm2-a", "dpm-sde"])
+def test_exporting_calls_no_network_and_leaves_samples_midway(
+    unet: Any, vae: Any, name: str, tmp_path: Path
+) -> None:
+    environment = (world := World(unet, vae, name)).environment
+    handles = world.start(0, 1)
+    environment.denoise(handles)
+    children = environment.step(handles, [Action(3, None, 1.5), Action(2)], array(5, 6))
+    before = environment.ledger.total
+    torch.save(environment.export(children), tmp_path / "samples.pt")
+    assert environment.ledger.total == before
+    environment.release(handles)
+
+    other = World(unet, vae, name).environment
+    restored = other.restore(torch.load(tmp_path / "samples.pt", weights_only=True))
+    torch.save(other.export(restored), tmp_path / "again.pt")
+    again = other.restore(torch.load(tmp_path / "again.pt", weights_only=True))
+    for handle in (restored, again):
+        other.denoise(handle)
+    environment.denoise(children)
+    assert (environment.ledger.total - before).nfe == 4
+    assert other.ledger.total.nfe == 8
+    for handle in (restored, again):
+        assert torch.equal(other.latents(handle), environment.latents(children))
+        assert torch.equal(other.denoised(handle), environment.denoised(children))
+
+
+def test_a_call_that_fails_after_the_midpoints_is_made_again_whole(unet: Any, vae: Any) -> None:
+    worlds = [World(unet, vae, "heun", rows_per_call=2) for _ in range(2)]
+    ends = []
+    for world, fails in zip(worlds, (False, True), strict=True):
+        environment = world.environment
+        handles = world.start(0, 1)
+        environment.denoise(handles)
+        children = environment.step(handles, [Action(2)] * 2, array(1, 2))
+        if fails:
+            world.network.calls_left = 1
+            with pytest.raises(KeyboardInterrupt):
+                environment.denoise(children)
+            world.network.calls_left = 99
+        before = environment.ledger.total.nfe
+        environment.denoise(children)
+        assert environment.ledger.total.nfe - before == 4
+        ends.append(environment.denoised(children))
+    assert torch.equal(*ends)
+
+
 # Noise
 
 
@@ -290,9 +385,6 @@ def test_finished_and_unfinished_samples_go_back_up_the_schedule(
     torch.testing.assert_close(saved[0]["latents"], saved[1]["latents"], rtol=1e-4, atol=1e-4)
     assert [sample["history"] for sample in saved] == [[], []]
     environment.reward(advance(environment, again, [1, 4]))
-
-
-NAMES = ["ddim", "ddpm", "euler", "euler-a", "dpm++", "sde-dpm++"]
 
 
 def latents_of(environment: LatentEnvironment, handles: Handles) -> Tensor:
@@ -385,6 +477,39 @@ def test_perturbed_noise_is_mixed_as_it_was_drawn(unet: Any, vae: Any) -> None:
     assert world.stepper.noise_std(world.stepper.initial_state(), Action(2, 0.0)) == 0
     with pytest.raises(SearchError, match=r"without noise; step with eta above 0"):
         environment.perturb(plain, np.array([0.5]), array(1))
+
+
+@pytest.mark.parametrize("name", ["dpm-sde", "sasolver"])
+def test_noise_that_is_not_simply_added_cannot_be_perturbed(unet: Any, vae: Any, name: str) -> None:
+    environment = (world := World(unet, vae, name)).environment
+    start = advance(environment, world.start(0), [2])
+    environment.denoise(start)
+    mixed = environment.step(start, [Action(3)], array(1))
+    environment.denoise(mixed)
+    with pytest.raises(SearchError, match=r"not simply added .* above 0 and below 1, or") as error:
+        environment.perturb(mixed, np.array([0.5]), array(1))
+    assert error.value.handles == tuple(mixed.tolist())
+    added = environment.step(start, [Action(3, 0.5)], array(1))
+    environment.denoise(environment.perturb(added, np.array([0.5]), array(2)))
+
+
+def test_an_edge_is_crossed_whole_before_its_noise_is_perturbed(unet: Any, vae: Any) -> None:
+    environment = (world := World(unet, vae, "kdpm2-a")).environment
+    start = world.start(0)
+    environment.denoise(start)
+    old = environment.step(start, [Action(3)], array(1))
+    fresh = environment.step(start, [Action(3)], array(2))
+    for _ in range(2):  # before it is exported, and midway
+        with pytest.raises(SearchError, match=r"the second is not made yet; denoise it first"):
+            environment.perturb(old, np.array([0.5]), array(2))
+        environment.export(old)
+    environment.denoise(old)
+    varied = environment.perturb(old.repeat(2), np.array([0.0, 1.0]), array(2, 2))
+    before = environment.ledger.total
+    same, other = environment.latents(varied)
+    assert environment.ledger.total == before
+    assert torch.equal(same, environment.latents(old)[0])
+    torch.testing.assert_close(other, environment.latents(fresh)[0], rtol=1e-5, atol=1e-5)
 
 
 # Guidance of an edge
@@ -510,7 +635,7 @@ def test_released_parents_live_as_long_as_their_lazy_children(unet: Any, vae: An
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpm++"])
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "heun", "kdpm2-a", "dpm-sde", "unipc"])
 def test_saved_samples_go_on_where_they_were(
     unet: Any, vae: Any, name: str, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mctd_diffusers.denoising.protocols import Network, Outputs
+from mctd_diffusers.denoising.solver_memory import SolverState
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.environment import Counts, Ledger
@@ -147,11 +148,11 @@ def pooled(maps: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch
 
 
 class Denoiser:
-    """Evaluates samples at any mix of step indices, in calls of one fixed size.
+    """Evaluates samples at any mix of noise levels, in calls of one fixed size.
 
     Args:
         network: the pipeline's denoiser.
-        stepper: knows the timesteps and scales the inputs.
+        stepper: knows what the network sees of samples.
         rows_per_call: latents in every call; with guidance the network gets twice that.
         ledger: is charged.
         features: a tap on the network, which is opened for each call; ``None`` to read none.
@@ -180,14 +181,14 @@ class Denoiser:
     def __call__(
         self,
         latents: Float[Tensor, "batch *sample"],
-        step_indices: Sequence[int],
+        states: Sequence[SolverState],
         problems: Sequence[int],
     ) -> Evaluation:
         """Evaluate samples: 1 NFE each.
 
         Args:
-            latents: at least one sample, unscaled.
-            step_indices: where each stands.
+            latents: at least one sample, unscaled; of those midway the midpoints.
+            states: where each stands.
             problems: the image of each, whose conditioning and account it is.
         """
         rows_per_latent = self.network.rows_per_latent
@@ -196,7 +197,7 @@ class Denoiser:
             with timed(self.ledger, "network", latents.device):
                 evaluation = self._call(
                     chunk.fill(latents[chunk.rows]),
-                    chunk.pick(step_indices),
+                    chunk.pick(states),
                     chunk.pick(problems),
                 )
             evaluations.append(_first(evaluation, chunk.useful))
@@ -206,10 +207,9 @@ class Denoiser:
         return _together(evaluations)
 
     def _call(
-        self, latents: Tensor, step_indices: Sequence[int], problems: Sequence[int]
+        self, latents: Tensor, states: Sequence[SolverState], problems: Sequence[int]
     ) -> Evaluation:
-        inputs = self.stepper.scale_model_input(latents, step_indices)
-        timesteps = self.stepper.timesteps[list(step_indices)].to(latents.device)
+        inputs, timesteps = self.stepper.network_input(latents, states)
         if self.features is None:
             return Evaluation(self.network(inputs, timesteps, problems), {})
         with self.features as tap:

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from mctd_diffusers.denoising.levels import NoiseLevels
-from mctd_diffusers.denoising.schedulers import SchedulerTraits
+from mctd_diffusers.denoising.scheduler_traits import SchedulerTraits
 from mctd_diffusers.denoising.solver_memory import SolverMemory
 from mctd_diffusers.denoising.views import BrownianEdge, Schedule, View, ancestral_split, land_at
 
@@ -167,6 +167,10 @@ class Edges:
         arguments = dict(edge.view.arguments)
         if edge.draws:
             arguments["generator"] = generators([0] * len(latents))
+        if hasattr(edge.view.scheduler, "noise_sampler"):  # or it makes one, for this batch alone
+            edge.view.scheduler.noise_sampler = BrownianEdge(
+                generators([0] * len(latents)), latents, None
+            )
         step = edge.view.scheduler.step(outputs, edge.view.timestep, latents, **arguments)
         self._memory.clear(edge.view.scheduler)
         estimate: Tensor | None = getattr(step, "pred_original_sample", None)

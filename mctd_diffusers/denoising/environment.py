@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from mctd_diffusers.denoising.latents import (
     Drawn,
     EdgeNoise,
     Latents,
+    Midway,
     Perturbed,
     Renoised,
     Sample,
@@ -40,7 +42,8 @@ from mctd_diffusers.denoising.protocols import (
     Network,
     Outputs,
 )
-from mctd_diffusers.denoising.stepper import SolverState, Stepper
+from mctd_diffusers.denoising.solver_memory import SolverState
+from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError, SearchError
 from mctd_diffusers.search.environment import (
     FIRST_DRAW,
@@ -61,8 +64,9 @@ class LatentEnvironment:
 
     A sample is evaluated once; from that follow, at no further call, its value and every child.
     Children, initial noise, renoised and perturbed samples are lazy: they hold no tensor until they
-    are evaluated, scored or exported. Every network, decode and reward call holds exactly
-    ``rows_per_call`` latents, so what a sample becomes depends on its own path alone.
+    are evaluated, scored or exported. Where the solver takes a second call on an edge, it is made
+    together with its child; exporting makes none. Every network, decode and reward call holds
+    exactly ``rows_per_call`` latents, so what a sample becomes depends on its own path alone.
 
     Args:
         network: the pipeline's denoiser; knows the conditioning of each problem.
@@ -146,12 +150,13 @@ class LatentEnvironment:
         fresh = [sample for sample in dict.fromkeys(samples) if sample.outputs is None]
         if not fresh:
             return
-        self._make(fresh)
-        outputs, features = self._denoiser(
-            self._latents_of(fresh),
-            [sample.step_index for sample in fresh],
-            [sample.problem for sample in fresh],
-        )
+        with _or_as_before(fresh):
+            self._make(fresh)
+            outputs, features = self._denoiser(
+                self._latents_of(fresh),
+                [_state(sample) for sample in fresh],
+                [sample.problem for sample in fresh],
+            )
         unconditional = outputs.unconditional
         for sample, row, without in zip(
             fresh,
@@ -189,8 +194,18 @@ class LatentEnvironment:
         return self._samples.add(children)
 
     def step_price(self, parents: Handles, actions: Sequence[Action]) -> Counts:
-        """Nothing: the supported solvers take one call a step, the parent's."""
-        return Counts()
+        """The second calls of edges, which are made when their children are.
+
+        Raises:
+            CapacityError: a handle is not known.
+            ScheduleError: a stride does not fit the steps left.
+            ConfigError: an action's ``eta`` is not between 0 and 1.
+        """
+        midpoints = sum(
+            self._stepper.needs_midpoint(parent.step_index, action)
+            for parent, action in zip(self._samples[parents], actions, strict=True)
+        )
+        return Counts(nfe=1, rows=self._denoiser.network.rows_per_latent) * midpoints
 
     @torch.no_grad()
     def value(self, handles: Handles, guidances: Sequence[float | None] | None = None) -> Values:
@@ -283,7 +298,8 @@ class LatentEnvironment:
 
         Raises:
             CapacityError: a handle is not known.
-            SearchError: a sample is finished, or came by an edge without noise.
+            SearchError: a sample is finished, or came by an edge without noise, with noise that is
+                not simply added to it, or with a second network call that is not made yet.
             ConfigError: a strength is not between 0 and 1.
         """
         samples = self._samples[handles]
@@ -291,6 +307,19 @@ class LatentEnvironment:
         self._refuse(handles, is_finished, "is finished; perturb it before its last edge.")
         is_plain = [sample.noise is not None and sample.noise.std == 0 for sample in samples]
         self._refuse(handles, is_plain, "came by an edge without noise; step with eta above 0.")
+        is_mixed = [s.noise is not None and math.isnan(s.noise.std) for s in samples]
+        self._refuse(
+            handles,
+            is_mixed,
+            "came by an edge whose noise is not simply added to it, so there is none to perturb; "
+            "step with eta above 0 and below 1, or with another scheduler.",
+        )
+        self._refuse(
+            handles,
+            [self._awaits_midpoint(sample) for sample in samples],
+            "came by an edge of two network calls, of which the second is not made yet; denoise it "
+            "first.",
+        )
         made = []
         for source, strength, seed in zip(samples, strengths.tolist(), seeds.tolist(), strict=True):
             check_setting("strength", strength, 0, 1)
@@ -306,7 +335,7 @@ class LatentEnvironment:
     def export(self, handles: Handles) -> list[dict[str, Any]]:
         """Copy of the samples on the host, in plain types, fit for ``torch.save``."""
         samples = self._samples[handles]
-        self._make(samples)
+        self._make(samples, completes=False)
         return [_exported(sample) for sample in samples]
 
     def restore(
@@ -473,8 +502,11 @@ class LatentEnvironment:
 
     # Making lazy samples
 
-    def _make(self, samples: Sequence[Sample]) -> None:
-        """Give lazy samples their latents: by kind of origin, each kind in one go."""
+    def _make(self, samples: Sequence[Sample], *, completes: bool = True) -> None:
+        """Give lazy samples their latents: by kind of origin, each kind in one go.
+
+        Unless it ``completes``, those that need the network for it are left midway.
+        """
         generations = [_lazy(samples)]  # of samples and their sources, which are made first
         while generations[-1]:
             origins = [sample.origin for sample in generations[-1]]
@@ -490,6 +522,8 @@ class LatentEnvironment:
                     some = [s for s in _lazy(generation) if isinstance(s.origin, kind)]
                     if some:
                         make(some)
+            if completes:
+                self._complete(_lazy(generation))
 
     def _draw(self, samples: Sequence[Sample]) -> None:
         state = self._stepper.initial_state()
@@ -511,11 +545,41 @@ class LatentEnvironment:
             [edge.action for edge in edges],
             [edge.seed for edge in edges],
         )
-        self._settle(samples, latents, states)
+        rows = self._samples.keep(latents)
+        for sample, edge, row, state in zip(samples, edges, rows, states, strict=True):
+            if state.midway is None:
+                sample.latents, sample.state, sample.origin = row, state, None
+            else:
+                sample.origin = Midway(row, state, edge.seed)
         if self._gain_model is not None and self._gain_model.reads_change:
             estimates = self._samples.keep(self._denoised_of(parents))
             for sample, parent, estimate in zip(samples, parents, estimates, strict=True):
                 sample.parent_estimate = (estimate, parent.step_index)
+
+    def _complete(self, samples: Sequence[Sample]) -> None:
+        """Cross the second halves of edges, which takes a network call: 1 NFE each."""
+        if not samples:
+            return
+        halves = [cast(Midway, sample.origin) for sample in samples]
+        midpoints = self._samples.gather([half.latents for half in halves])
+        states = [half.state for half in halves]
+        outputs, _ = self._denoiser(midpoints, states, [sample.problem for sample in samples])
+        with timed(self.ledger, "step", self._device):
+            actions = [cast(Action, state.midway) for state in states]
+            latents, after = self._stepper.complete(
+                midpoints,
+                self._denoiser.combine(outputs, [action.guidance for action in actions]),
+                states,
+                [half.seed for half in halves],
+            )
+            self._settle(samples, latents, after)
+
+    def _awaits_midpoint(self, sample: Sample) -> bool:
+        """Whether a sample is not made, and takes a network call to be."""
+        origin = sample.origin
+        if isinstance(origin, Stepped):
+            return self._stepper.needs_midpoint(origin.parent.step_index, origin.action)
+        return isinstance(origin, Midway)
 
     def _noise_again(self, samples: Sequence[Sample]) -> None:
         origins = [cast(Renoised, sample.origin) for sample in samples]
@@ -722,7 +786,7 @@ def measure_prices(
 
     Args:
         network: conditioned on problem 0 at least.
-        stepper: scales the input.
+        stepper: knows what the network sees of it.
         decoder: full decoder.
         reward: scores pictures.
         prompt: of problem 0.
@@ -733,8 +797,7 @@ def measure_prices(
     """
     batch = latents.expand(rows_per_call, *latents.shape[1:]).contiguous()
     rows = [0] * rows_per_call
-    inputs = stepper.scale_model_input(batch, rows)
-    timesteps = stepper.timesteps[rows].to(batch.device)
+    inputs, timesteps = stepper.network_input(batch, [stepper.initial_state()] * rows_per_call)
 
     def seconds(call: Callable[[], Any]) -> float:
         taken = []
@@ -756,6 +819,21 @@ def measure_prices(
 
 
 _HAS_SOURCE = (Renoised, Perturbed)
+
+
+@contextmanager
+def _or_as_before(samples: Sequence[Sample]) -> Iterator[None]:
+    """Leave samples as lazy as they were where the block raises, so that asked again it is whole.
+
+    Or the second calls of their edges would be paid for once, and missing when it is asked again.
+    """
+    before = [(sample, sample.origin, sample.latents, sample.state) for sample in samples]
+    try:
+        yield
+    except BaseException:
+        for sample, origin, latents, state in before:
+            sample.origin, sample.latents, sample.state = origin, latents, state
+        raise
 
 
 def _lazy(samples: Sequence[Sample]) -> list[Sample]:
@@ -795,15 +873,22 @@ def _outputs(sample: Sample) -> Outputs:
 
 
 def _exported(sample: Sample) -> dict[str, Any]:
-    state = _state(sample)
+    origin = sample.origin
+    latents, state, seed = (
+        (origin.latents, origin.state, origin.seed)
+        if isinstance(origin, Midway)
+        else (_made(sample), _state(sample), None)
+    )
     outputs = sample.outputs
     conditional, unconditional = (None, None) if outputs is None else outputs
     return {
         "problem": sample.problem,
         "step_index": sample.step_index,
-        "latents": _made(sample).clone().cpu(),
+        "latents": latents.clone().cpu(),
         "visited": list(state.visited),
         "history": [row.clone().cpu() for row in state.history],
+        "memory": state.memory,
+        "midway": None if state.midway is None else (*state.midway, seed),
         "noise": None if sample.noise is None else asdict(sample.noise),
         "conditional": None if conditional is None else conditional.clone().cpu(),
         "unconditional": None if unconditional is None else unconditional.clone().cpu(),
@@ -819,15 +904,24 @@ def _restored(saved: dict[str, Any], storage: torch.device) -> Sample:
     def here(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.clone().to(storage)
 
+    latents, step_index = saved["latents"].clone().to(storage), saved["step_index"]
     history = tuple(row.clone().to(storage) for row in saved["history"])
+    state = SolverState(step_index, tuple(saved["visited"]), history, saved["memory"])
+    origin = None
+    if saved["midway"] is not None:
+        *action, seed = saved["midway"]
+        midway = Action(*action)
+        state = replace(state, step_index=step_index - midway.stride, midway=midway)
+        origin = Midway(latents, state, seed)
     conditional = here(saved["conditional"])
     noise = None if saved["noise"] is None else EdgeNoise(**saved["noise"])
     return Sample(
         problem=saved["problem"],
-        step_index=saved["step_index"],
+        step_index=step_index,
+        origin=origin,
         noise=noise,
-        latents=here(saved["latents"]),
-        state=SolverState(saved["step_index"], tuple(saved["visited"]), history),
+        latents=None if origin else latents,
+        state=None if origin else state,
         outputs=None if conditional is None else Outputs(conditional, here(saved["unconditional"])),
         features={name: row.clone().to(storage) for name, row in saved["features"].items()},
         parent_estimate=saved["parent_estimate"]

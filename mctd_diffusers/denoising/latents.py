@@ -3,7 +3,8 @@
 A sample is *lazy* until somebody needs its latents: it holds where it comes from (a seed, or a
 parent with an action and a seed) and no tensor. Once made it forgets its origin, so a released
 parent lives exactly as long as its lazy children; of its last edge it remembers the noise by seed,
-which is all that a perturbation needs.
+which is all that a perturbation needs. A lazy sample whose edge takes two network calls may stand
+midway: that far it comes without a call.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mctd_diffusers.denoising.protocols import Outputs
-from mctd_diffusers.denoising.stepper import SolverState
+from mctd_diffusers.denoising.solver_memory import SolverState
 from mctd_diffusers.errors import CapacityError
 from mctd_diffusers.search.environment import Action, Handles, check_unused
 
@@ -57,6 +58,21 @@ class Stepped:
 
 
 @dataclass(frozen=True, eq=False)
+class Midway:
+    """The far end of an edge that takes a second network call, to which it has come half way.
+
+    Attributes:
+        latents: the midpoint, at which the network must be called.
+        state: what the solver remembers there, with the action of the edge.
+        seed: of the edge.
+    """
+
+    latents: Tensor
+    state: SolverState
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
 class Renoised:
     """The denoised estimate of another sample, noised again."""
 
@@ -73,7 +89,7 @@ class Perturbed:
     seed: int
 
 
-Origin: TypeAlias = Drawn | Stepped | Renoised | Perturbed
+Origin: TypeAlias = Drawn | Stepped | Midway | Renoised | Perturbed
 
 
 @dataclass(eq=False)

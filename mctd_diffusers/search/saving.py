@@ -31,7 +31,7 @@ from mctd_diffusers.search.runner import SearchResult, Strategy, rebuild
 from mctd_diffusers.search.strategies import STRATEGIES
 from mctd_diffusers.search.with_plain import WithPlain
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 INDEX: Final = "search.json"
 
 

@@ -175,7 +175,7 @@ def _noise_in(tree: Tree, noise_of: Mapping[int, dict[str, Any] | None]) -> IsSt
     noisy = set()
     for node in np.flatnonzero(tree.move == STEP).tolist():
         noise = noise_of.get(int(tree.handle[node]))
-        if noise is not None and noise["std"] > 0:
+        if noise is not None and noise["std"] != 0:  # NaN: it is, but cannot be told apart
             eta, stride = float(tree.eta[node]), int(tree.stride[node])
             known = None if np.isnan(eta) else eta
             noisy.add((int(tree.step_index[node]) - stride, stride, known))

@@ -24,7 +24,10 @@ from mctd_diffusers.search.strategies import MCTD
 from mctd_diffusers.search.tree import to_json
 from tests.pipelines import tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 
 PROMPTS = ["a red cat", "two dogs"]
 CALL: dict[str, Any] = {
@@ -105,6 +108,8 @@ def assert_same_output(one: Any, other: Any) -> None:
         ("ddim", {"search": "dts"}),
         ("ddim", {"search": "fk", "compute": 4}),
         ("euler", {"search": MCTD(seed_share=0.3, wave_size=3)}),
+        ("heun", {"search": "mctd"}),
+        ("kdpm2_ancestral", {"search": "dts", "include_plain": True, "compute": 3}),
     ],
 )
 def test_a_call_stopped_at_any_wave_goes_on_as_if_never_stopped(
@@ -120,6 +125,19 @@ def test_a_call_stopped_at_any_wave_goes_on_as_if_never_stopped(
     assert_same_output(resumed, whole)
     assert load_search(tmp_path).is_over
     assert_same_output(fresh_pipe(scheduler, **preview).resume(tmp_path), whole)
+
+
+def test_edges_saved_between_their_two_calls_go_on_as_if_never_stopped(
+    tmp_path: Path, stop_after: Any
+) -> None:
+    call = {"search": "beam", "include_plain": True, "compute": 3}
+    whole = search(fresh_pipe("heun"), **call)
+    stop_after(5)
+    with pytest.raises(StoppedError):
+        search(fresh_pipe("heun"), **call, save_to=tmp_path, save_every_s=0)
+    samples = torch.load(load_search(tmp_path).samples, weights_only=True)["samples"]
+    assert any(sample["midway"] is not None for sample in samples)
+    assert_same_output(fresh_pipe("heun").resume(tmp_path), whole)
 
 
 def test_saving_changes_nothing(pipe: MCTDPipeline, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_a_replay_is_the_winner_at_the_cost_of_its_ancestry(
     assert replayed.step_indices == expected
 
 
-@pytest.mark.parametrize("name", ["ddpm", "euler", "euler_ancestral", "dpm_multistep_sde"])
+@pytest.mark.parametrize("name", ["ddpm", "euler", "euler_ancestral", "dpm_multistep_sde", "heun"])
 def test_a_replay_is_bit_equal_with_other_schedulers(name: str) -> None:
     pipe = MCTDPipeline.from_pipe(tiny.make_stock(name), reward_model=tiny.redness)
     out = search(pipe, output_type="latent", generator=seeded(3, 4), num_images_per_prompt=2)

@@ -13,6 +13,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -42,6 +45,9 @@ SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
         DPMSolverMultistepScheduler,
         {"algorithm_type": "sde-dpmsolver++"},
     ),
+    "heun": (HeunDiscreteScheduler, {}),
+    "kdpm2": (KDPM2DiscreteScheduler, {}),
+    "kdpm2_ancestral": (KDPM2AncestralDiscreteScheduler, {}),
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
 }
 
