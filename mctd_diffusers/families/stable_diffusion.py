@@ -323,8 +323,9 @@ class MCTDStableDiffusionPipeline(MCTDPipeline, StableDiffusionPipeline):
                 Name of a search, or a strategy object with its settings. `None` is the stock
                 pipeline, bit for bit.
             compute (`float`, *optional*, defaults to 8 where no other budget is named):
-                Budget for each image, in plain samples: so many times `num_inference_steps` NFE.
-                One NFE is one evaluated latent, with guidance two rows through the network.
+                Budget for each image, in plain samples: so many times `num_inference_steps` NFE, or
+                twice that where the scheduler takes two network calls a step. One NFE is one
+                evaluated latent, with guidance two rows through the network.
             nfe_budget (`int`, *optional*):
                 The same budget in NFE.
             cost_budget (`float`, *optional*):
