@@ -173,8 +173,11 @@ def _read_bench(
         parse_budgets,
     )
     from mctd_diffusers.evaluation.benchmark.prompts import read_prompts
+    from mctd_diffusers.evaluation.scheduler_effects.comparison import check_budgets
     from mctd_diffusers.search.strategies import BestOfN
 
+    spent = parse_budgets(budgets)
+    check_budgets(spent)
     texts, kinds = read_prompts(prompts, limit)
     names = ",".join(name for name in strategies.split(",") if name.strip() != NO_SEARCH)
     searches = list(read_methods(names, names_in(policies))) if names.strip() else []
@@ -182,7 +185,7 @@ def _read_bench(
         prompts=texts,
         kinds=kinds,
         methods=(Method(MORE_STEPS, BestOfN(n=1)), *searches),
-        budgets=parse_budgets(budgets),
+        budgets=spent,
         **settings,  # type: ignore[arg-type]  # those of the plan
     )
 

@@ -10,7 +10,13 @@ from typing import Any, Final, NamedTuple
 from mctd_diffusers.denoising.scheduler_names import NamedScheduler
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.evaluation.benchmark.plan import MORE_STEPS, PLAIN, BenchPlan, Method
+from mctd_diffusers.evaluation.benchmark.plan import (
+    MORE_STEPS,
+    PLAIN,
+    BenchBudget,
+    BenchPlan,
+    Method,
+)
 from mctd_diffusers.search.environment import Action
 from mctd_diffusers.search.strategies import BestOfN
 from mctd_diffusers.search.stride_policies import HasStridePolicy
@@ -112,11 +118,7 @@ class Comparison:
                 f"the reference {self.reference!r} is not compared; the schedulers are "
                 f"{', '.join(names)}"
             )
-        for budget in self.bench.budgets:
-            if budget.unit == "s":
-                raise ConfigError(
-                    f"budget {budget.label}: schedulers are compared at equal NFE; give 4x or 200"
-                )
+        check_budgets(self.bench.budgets)
 
     def named(self, name: str) -> NamedScheduler:
         """The scheduler of a name."""
@@ -177,6 +179,19 @@ class Comparison:
         """Where the noise of a scheduler's edges comes from."""
         stepper = stepper_of(named, self.bench.num_steps)
         return Noise(stepper.randomness(Action(1)), stepper.randomness(Action(1, BRANCH_ETA)))
+
+
+def check_budgets(budgets: Sequence[BenchBudget]) -> None:
+    """Refuse budgets of seconds, at which no two schedulers are equal.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for budget in budgets:
+        if budget.unit == "s":
+            raise ConfigError(
+                f"budget {budget.label}: schedulers are compared at equal NFE; give 4x or 200"
+            )
 
 
 def reference_among(schedulers: Sequence[NamedScheduler], own: Any) -> str:
