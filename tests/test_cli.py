@@ -222,6 +222,26 @@ def test_bench_judges_other_models_by_what_is_named(
     sys.modules.pop("own_gold")
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_bench_takes_a_scheduler_with_its_share_of_noise_and_its_calls_a_step(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a cup\n")
+    arguments = [
+        "bench", "--model", model, "--steps", 4, "--rows-per-call", 2, "--prompts", "prompts.txt",
+        "--strategies", "best_of_n", "--budgets", "4x", "--gold", "brightness",
+    ]  # fmt: skip
+    plain = {}
+    for scheduler in ("ddim", "DDIM:eta=1", "Heun"):
+        status, _, err = run(capsys, *arguments, "--scheduler", scheduler, "--out", scheduler)
+        assert status == 0, err
+        (cell,) = Path(scheduler).glob("cells/plain/*.json")
+        (plain[scheduler],) = json.loads(cell.read_text())["drawn"]["runs"]
+    assert plain["ddim"]["proxy"] != plain["DDIM:eta=1"]["proxy"]
+    assert [plain[scheduler]["nfe"] for scheduler in plain] == [4, 4, 3]  # of Heun two steps
+
+
 def test_bench_on_mixtures_needs_no_model(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -414,7 +434,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(
         ["bench", "--budgets", "1.5x", "--strategies", "beam:width=2"],
         ["generate", PROMPT, "--scheduler", "eulr"],
         ["generate", PROMPT, "--scheduler", "Euler:karas"],
-        ["bench", "--scheduler", "DDIM:eta=1"],
+        ["bench", "--scheduler", "DDIMInverse"],
         ["evaluate-model", "--guidance", "nan"],
         ["compare", PROMPT, "--device", "abacus"],
     ],
@@ -569,6 +589,11 @@ def test_an_argument_that_cannot_be_read_exits_with_two(
             "the strategies are plain, best_of_n, mctd",
         ),
         (["--suite", "mixture", "--model", "some/where"], "give one"),
+        (["--suite", "mixture", "--scheduler", "Euler"], "leave --scheduler out"),
+        (
+            ["--evaluations", "8", "--stride-policies", "ays", "--scheduler", "DDIM:eta=1"],
+            "has an eta, and --evaluations measures",
+        ),
     ],
 )
 def test_options_of_a_bench_are_checked(

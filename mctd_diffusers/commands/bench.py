@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -110,7 +110,9 @@ def bench(
 
     Writes results.csv, report.md and curves.png. Stopped, it goes on from the finished cells.
     """
-    named = _scheduler_name(scheduler)
+    if suite == _MIXTURE and scheduler is not None:
+        raise ConfigError("--suite mixture has no pipeline to step: leave --scheduler out")
+    stepping = _read_scheduler(scheduler, is_plain=evaluations is not None)
     if evaluations is not None:
         _compare_plainly(
             model or suite or _EMBEDDED,
@@ -151,7 +153,8 @@ def bench(
             guidance_scale=guidance,
             rows_per_call=rows_per_call,
             prompts_per_call=prompts_per_call,
-            searched=f"reward {reward}, gold {gold}, scheduler {named}",
+            searched=f"reward {reward}, gold {gold}, scheduler {stepping.name}",
+            calls_per_step=stepping.calls_per_step,
         )
         if gold == "judge" and plan.suite != _MIXTURE:
             check_judge_reads(plan.prompts)
@@ -174,23 +177,43 @@ def bench(
         _report(plan, cells, out, rivals)
 
 
-def _scheduler_name(text: str | None) -> str | None:
-    """The one way to write the scheduler, so that cells are found however it was written.
+class _Stepping(NamedTuple):
+    """What a plan must know of its scheduler.
+
+    Attributes:
+        name: the one way to write it, so that cells are found however it was written; ``None`` for
+            the model's own.
+        calls_per_step: NFE of its steps, 1 or 2.
+    """
+
+    name: str | None
+    calls_per_step: int
+
+
+def _read_scheduler(text: str | None, *, is_plain: bool) -> _Stepping:
+    """What the option says.
+
+    Args:
+        text: name and settings.
+        is_plain: whether stride policies are compared in plain samples.
 
     Raises:
-        ConfigError: it cannot be read, or names an ``eta``.
+        ConfigError: it cannot be read; or plain samples are to have an ``eta``.
+        UnsupportedSchedulerError: its class cannot be branched.
     """
     if text is None:
-        return None
-    from mctd_diffusers.denoising.scheduler_names import read_scheduler
+        return _Stepping(None, 1)
+    from mctd_diffusers.denoising.scheduler_names import named_scheduler
+    from mctd_diffusers.denoising.schedulers import traits_of
 
-    said = read_scheduler(text)
-    if said.eta is not None:
+    named = named_scheduler(text, {})
+    if is_plain and named.eta is not None:
         raise ConfigError(
-            f"scheduler {text!r} has an eta, which a bench does not take: leave it out, and give "
-            f"the share of noise to the strategies, as in beam:branch_eta={said.eta:g}"
+            f"scheduler {text!r} has an eta, and --evaluations measures how far samples are from "
+            "that of all steps, which fresh noise would hide: leave it out"
         )
-    return said.name
+    takes_two = traits_of(named.scheduler).grid == "two calls"
+    return _Stepping(named.name, 2 if takes_two else 1)
 
 
 def _read_plan(
@@ -379,7 +402,7 @@ def _pipeline(plan: BenchPlan, call: Call, reward: str | None, gold: str, ige: s
     from mctd_diffusers.evaluation.benchmark.pipeline_suite import PipelineSuite
 
     pipe, judge = load_judged(plan.suite, call, reward, gold, ige)
-    return PipelineSuite(pipe, judge, plan)
+    return PipelineSuite(pipe, judge, plan, eta=call.arguments.get("eta", 0.0))
 
 
 def load_judged(

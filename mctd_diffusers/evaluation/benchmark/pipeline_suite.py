@@ -119,16 +119,20 @@ class PipelineSuite:
         pipe: with the reward to search for.
         gold: judges the winners.
         plan: what is compared.
+        eta: share of fresh noise of the pipeline's own scheduler.
 
     Raises:
         ConfigError: the pipeline has no reward.
     """
 
-    def __init__(self, pipe: MCTDPipeline, gold: Gold, plan: BenchPlan) -> None:
+    def __init__(
+        self, pipe: MCTDPipeline, gold: Gold, plan: BenchPlan, *, eta: float = 0.0
+    ) -> None:
         check_reward(pipe)
         self._pipe = pipe
         self._gold = gold
         self._plan = plan
+        self._eta = eta
         self._prices: Prices | None = None
         self._weights = weights_of(pipe, gold)
 
@@ -160,6 +164,7 @@ class PipelineSuite:
             "prompt": list(task.prompts),
             "num_inference_steps": task.num_steps,
             "guidance_scale": self._plan.guidance_scale,
+            "eta": self._eta,
             "generator": generators,
             "output_type": "pt",
             "search": task.method.strategy,
