@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mctd_diffusers.denoising.schedulers import SchedulerTraits
+from mctd_diffusers.denoising.scheduler_traits import SchedulerTraits
 from mctd_diffusers.denoising.views import Schedule
 
 

@@ -10,95 +10,12 @@ the two, which a test asserts, and every claim of the table is tested against th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from collections.abc import Hashable, Mapping
+from typing import Any
 
+from mctd_diffusers.denoising.scheduler_inspection import Inspection, inspect_scheduler
+from mctd_diffusers.denoising.scheduler_traits import SchedulerTraits, always
 from mctd_diffusers.errors import UnsupportedSchedulerError
-
-Levels: TypeAlias = Literal["alphas", "solver", "exploding", "flow", "sine", "trigonometric"]
-"""How a scheduler scales signal and noise, ``x = alpha x0 + sigma noise``:
-
-- ``alphas``: by ``alphas_cumprod`` at its timesteps (variance preserving);
-- ``solver``: by its sigmas, as its own ``_sigma_to_alpha_sigma_t`` says (preserving, or flow);
-- ``exploding``: ``alpha`` is 1 and ``sigma`` its sigmas;
-- ``flow``: ``sigma`` its sigmas and ``alpha`` one less them;
-- ``sine``: by its ``alphas`` and ``betas`` (IPNDM);
-- ``trigonometric``: cosine and sine of its timesteps (TrigFlow).
-"""
-
-Estimate: TypeAlias = Literal["step", "convert", "formula"]
-"""Where the denoised estimate comes from: what the step says, the converted output of a multistep
-solver, or the formula of the prediction type."""
-
-Blank: TypeAlias = Callable[[Any], dict[str, Any]]
-
-
-def _forgets(scheduler: Any) -> dict[str, Any]:
-    return {}
-
-
-def _never(scheduler: Any) -> bool:
-    return False
-
-
-def _always(scheduler: Any) -> bool:
-    return True
-
-
-def _reads_nothing(scheduler: Any) -> int:
-    return 0
-
-
-def _any_stride(scheduler: Any) -> None:
-    return None
-
-
-@dataclass(frozen=True)
-class SchedulerTraits:
-    """What stepping a scheduler in a tree must know of its class.
-
-    Attributes:
-        levels: how it scales signal and noise.
-        grid: how a step finds its points: ``"points"`` at its place in the schedule, ``"constant"``
-            a constant number of timesteps on, ``"target"`` where its argument ``prev_timestep``
-            says, ``"two calls"`` by a midpoint at which the network is called again.
-        schedule: attributes that hold the schedule, one entry a step, or one more.
-        blank: what it remembers from one step to the next, as it is before the first: attributes
-            by name.
-        reads: how many earlier points of the schedule the next step looks at; ``None`` is all.
-        draws: whether its own step draws noise.
-        takes_eta: whether the share of noise is an argument of its step.
-        adds_noise: whether the noise it draws is simply added to the sample.
-        noise_in_single: whether noise is drawn in single precision whatever the network's.
-        estimate: where the denoised estimate comes from.
-        split: whether noise may be added by stepping to a lower level and noising up again.
-        drops_oldest: whether the oldest output that it remembers is not looked at again.
-        restarts_empty: whether, restarted, it must not see the points before.
-        equal_spacing: whether what it remembers is of use at the spacing before alone.
-        longest_stride: the longest stride that is proven; ``None`` is any.
-        settings: settings that are proven for some values only: name and values.
-        note: for the table of the documentation.
-    """
-
-    levels: Levels
-    grid: Literal["points", "constant", "target", "two calls"] = "points"
-    schedule: tuple[str, ...] = ("timesteps", "sigmas")
-    blank: Blank = _forgets
-    reads: Callable[[Any], int | None] = _reads_nothing
-    draws: Callable[[Any], bool] = _never
-    takes_eta: bool = False
-    adds_noise: bool = True
-    noise_in_single: bool = False
-    estimate: Estimate = "step"
-    split: bool = False
-    drops_oldest: bool = False
-    restarts_empty: bool = False
-    equal_spacing: bool = False
-    longest_stride: Callable[[Any], int | None] = _any_stride
-    settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    note: str = ""
-
 
 # What multistep solvers remember, and how far back they look.
 
@@ -174,7 +91,7 @@ _DDIM = SchedulerTraits(
 _DDPM = SchedulerTraits(
     "alphas",
     schedule=("timesteps",),
-    draws=_always,
+    draws=always,
     settings={
         "prediction_type": _THREE,
         "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
@@ -183,7 +100,7 @@ _DDPM = SchedulerTraits(
 _CONSISTENCY = SchedulerTraits(
     "alphas",
     schedule=("timesteps",),
-    draws=_always,
+    draws=always,
     settings={"prediction_type": _THREE},
     note="noises the estimate again: siblings differ by nearly all of their noise",
 )
@@ -203,7 +120,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
     "CMStochasticIterativeScheduler": SchedulerTraits(
         "exploding",
         reads=lambda scheduler: 1,  # it asks whether its schedule has more than one step
-        draws=_always,
+        draws=always,
         estimate="formula",
         note="consistency models trained from EDM",
     ),
@@ -218,7 +135,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         "exploding",
         blank=_solver_memory,
         reads=_solver_reads,
-        draws=_always,
+        draws=always,
         drops_oldest=True,
         estimate="convert",
         settings={"prediction_type": _TWO, "solver_order": (2, 1)},
@@ -255,7 +172,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         "exploding",
         grid="two calls",
         blank=lambda scheduler: {"sample": None, "mid_point_sigma": None},
-        draws=_always,
+        draws=always,
         adds_noise=False,
         settings={"prediction_type": _TWO},
         note="needs torchsde; its noise is drawn for each edge, not from one Brownian path",
@@ -287,7 +204,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
     ),
     "EDMEulerScheduler": _EDM,
     "EulerAncestralDiscreteScheduler": SchedulerTraits(
-        "exploding", draws=_always, split=True, settings={"prediction_type": _TWO}
+        "exploding", draws=always, split=True, settings={"prediction_type": _TWO}
     ),
     "EulerDiscreteScheduler": _EULER,
     "FlowMatchEulerDiscreteScheduler": SchedulerTraits(
@@ -302,7 +219,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
     ),
     "FlowMatchLCMScheduler": SchedulerTraits(
         "flow",
-        draws=_always,
+        draws=always,
         noise_in_single=True,
         estimate="formula",
         settings={"invert_sigmas": (False,), "scale_factors": (None,)},
@@ -327,7 +244,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         "exploding",
         grid="two calls",
         blank=_midpoint_memory,
-        draws=_always,
+        draws=always,
         settings={"prediction_type": _TWO},
     ),
     "KDPM2DiscreteScheduler": _KARRAS_MIDPOINT,
@@ -340,7 +257,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         settings={"prediction_type": _THREE},
     ),
     "LTXEulerAncestralRFScheduler": SchedulerTraits(
-        "flow", draws=_always, noise_in_single=True, estimate="formula"
+        "flow", draws=always, noise_in_single=True, estimate="formula"
     ),
     "MiniMaxH3Scheduler": SchedulerTraits(
         "flow", estimate="formula", note="its network predicts the velocity towards the data"
@@ -351,7 +268,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         reads=lambda scheduler: max(
             scheduler.config.predictor_order, scheduler.config.corrector_order
         ),
-        draws=_always,
+        draws=always,
         adds_noise=False,
         estimate="formula",
         settings={
@@ -364,7 +281,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
     "SCMScheduler": SchedulerTraits(
         "trigonometric",
         schedule=("timesteps",),
-        draws=_always,
+        draws=always,
         settings={"prediction_type": ("trigflow",)},
     ),
     "TCDScheduler": SchedulerTraits(
@@ -378,7 +295,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         "alphas",
         grid="target",
         schedule=("timesteps",),
-        draws=_always,
+        draws=always,
         settings={
             "prediction_type": ("epsilon", "sample"),
             "variance_type": ("fixed_small_log",),
@@ -437,24 +354,38 @@ REFUSED: Mapping[str, str] = {
 """Classes that cannot be stepped in a tree, and why."""
 
 
+_CURE = "make one from yours: `DDIMScheduler.from_config(pipe.scheduler.config)`."
+_INSPECTED: dict[Hashable, Inspection] = {}
+
+
 def traits_of(scheduler: Any) -> SchedulerTraits:
-    """What is known of a scheduler's class.
+    """What is known of a scheduler's class; one of a user's own is tried out, once for a config.
 
     Raises:
-        UnsupportedSchedulerError: it is refused, or not in the table (a subclass is not: it may
-            remember more).
+        UnsupportedSchedulerError: it is refused, or lacks what a tree needs.
     """
-    name = type(scheduler).__name__
-    is_stock = type(scheduler).__module__.startswith("diffusers.")
+    kind = type(scheduler)
+    name = kind.__name__
+    is_stock = kind.__module__.startswith("diffusers.")
     if is_stock and name in TRAITS:
         return TRAITS[name]
-    cure = "make one from yours: `DDIMScheduler.from_config(pipe.scheduler.config)`."
     if is_stock and name in REFUSED:
-        raise UnsupportedSchedulerError(f"{name} cannot be branched: {REFUSED[name]}; {cure}")
-    raise UnsupportedSchedulerError(
-        f"{name} is no scheduler class of diffusers that is known here, so its steps cannot be "
-        f"branched; {cure}"
-    )
+        raise UnsupportedSchedulerError(f"{name} cannot be branched: {REFUSED[name]}; {_CURE}")
+    key = (kind, repr(sorted(getattr(scheduler, "config", {}).items())))
+    if key not in _INSPECTED:
+        _INSPECTED[key] = inspect_scheduler(scheduler, _traits_of_parent(kind))
+    inspection = _INSPECTED[key]
+    if inspection.traits is None:
+        raise UnsupportedSchedulerError(f"{name} cannot be branched: {inspection.lacks}; {_CURE}")
+    return inspection.traits
+
+
+def _traits_of_parent(kind: type) -> SchedulerTraits | None:
+    """Traits of the nearest class of diffusers that a class descends from."""
+    for base in kind.__mro__[1:]:
+        if base.__module__.startswith("diffusers.") and base.__name__ in TRAITS:
+            return TRAITS[base.__name__]
+    return None
 
 
 def check_scheduler(scheduler: Any) -> None:

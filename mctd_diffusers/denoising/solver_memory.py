@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from mctd_diffusers.denoising.schedulers import SchedulerTraits
+from mctd_diffusers.denoising.scheduler_traits import SchedulerTraits
 from mctd_diffusers.search.environment import Action
 
 

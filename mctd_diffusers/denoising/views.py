@@ -19,7 +19,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from mctd_diffusers.denoising.schedulers import SchedulerTraits
+from mctd_diffusers.denoising.scheduler_traits import SchedulerTraits
 from mctd_diffusers.errors import ScheduleError
 
 
