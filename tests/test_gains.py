@@ -204,6 +204,41 @@ def test_measuring_charges_the_call_with_what_it_spends(unet: Any, vae: Any) -> 
     assert spent == Counts(nfe=7, rows=14, padded_rows=42, calls=7)
 
 
+def test_measuring_on_a_solver_of_two_calls_makes_both(unet: Any, vae: Any) -> None:
+    environment = World(unet, vae, "heun", gain_model=MeasuredGains()).environment
+    handles = evaluated(environment, array(0))
+    before = environment.ledger.total
+    gains = environment.predict_gain(handles, (2, 8))
+    spent = environment.ledger.total - before
+    assert spent.nfe == 7 + 7 + 1  # of fine steps all but the last, and of the jump by two
+    assert environment.ledger.spent(0).nfe == 1
+    jumped = environment.step(handles, [Action(2, 0.0)], array(0))
+    middle = environment.step(handles, [Action(1, 0.0)], array(0))
+    environment.denoise(middle)
+    fine = environment.step(middle, [Action(1, 0.0)], array(0))
+    preserving = environment.stepper.variance_preserving(
+        environment.latents(jumped) - environment.latents(fine), 2
+    )
+    error = rms(preserving, torch.zeros_like(preserving))
+    assert gains.log_truncation_error[0, 0] == pytest.approx(np.log(error), abs=1e-3)
+
+
+def test_the_rule_of_thumb_knows_nothing_of_jumps_from_noise_alone(unet: Any, vae: Any) -> None:
+    world = World(unet, vae, "ddim-zero-snr", gain_model=EstimateChange())
+    environment = world.environment
+    assert world.stepper.log_snr[0] == -torch.inf
+    costs = change_costs(world.stepper, STRIDES)
+    assert np.isinf(costs[0]).all()
+    assert (costs[1][:3] > 0).all()
+    assert np.isfinite(costs[1][:3]).all()
+    second = environment.step(evaluated(environment, array(0)), [Action(1)], array(0))
+    environment.denoise(second)
+    assert np.isnan(environment.predict_gain(second, (1, 4)).log_truncation_error).all()
+    third = environment.step(second, [Action(1)], array(0))
+    environment.denoise(third)
+    assert np.isfinite(environment.predict_gain(third, (1, 4)).log_truncation_error).all()
+
+
 def test_the_rule_of_thumb_follows_the_change_of_the_estimate(unet: Any, vae: Any) -> None:
     world = World(unet, vae, gain_model=EstimateChange())
     environment = world.environment

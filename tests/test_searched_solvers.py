@@ -1,12 +1,14 @@
-"""Every search on solvers of two network calls a step, over a network that costs nothing."""
+"""Every search on solvers of two network calls a step, and saved samples of every solver."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,9 +18,10 @@ from mctd_diffusers.denoising.protocols import Outputs
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import BudgetError
 from mctd_diffusers.search.budget import Budget
+from mctd_diffusers.search.environment import FIRST_DRAW, Action, Handles
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.runner import Strategy, run_search
-from tests.schedulers import make_scheduler, network, noise
+from tests.schedulers import SCHEDULERS, make_scheduler, network, noise
 from tests.strategies import searches
 from tests.toys import stride_costs_of
 
@@ -54,6 +57,20 @@ def brightness(
     return images.double().mean((1, 2, 3)).numpy()
 
 
+def world(name: str, num_steps: int, denoiser: Pixelwise) -> LatentEnvironment:
+    """Two images, in calls of one row."""
+    stepper = Stepper(make_scheduler(name, num_steps))
+    return LatentEnvironment(
+        network=denoiser,
+        stepper=stepper,
+        decoder=lambda latents: latents[:, :3].sigmoid(),
+        reward=brightness,
+        prompts=["a", "b"],
+        first_latents=noise(2, 4, 4, 4) * stepper.init_noise_sigma,
+        rows_per_call=1,
+    )
+
+
 @settings(max_examples=60)
 @given(
     searches,
@@ -64,17 +81,9 @@ def brightness(
 def test_no_search_exceeds_its_budget_on_a_solver_of_two_calls(
     strategy: Strategy, name: str, num_steps: int, nfe: int
 ) -> None:
-    stepper = Stepper(make_scheduler(name, num_steps))
     denoiser = Pixelwise()
-    environment = LatentEnvironment(
-        network=denoiser,
-        stepper=stepper,
-        decoder=lambda latents: latents[:, :3].sigmoid(),
-        reward=brightness,
-        prompts=["a", "b"],
-        first_latents=noise(2, 4, 4, 4) * stepper.init_noise_sigma,
-        rows_per_call=1,
-    )
+    environment = world(name, num_steps, denoiser)
+    stepper = environment.stepper
     problems = [
         Problem(
             index=index,
@@ -97,3 +106,38 @@ def test_no_search_exceeds_its_budget_on_a_solver_of_two_calls(
         assert denoiser.rows.count(problem.index) == result.spent.nfe <= nfe
         assert result.spent.rows == 2 * result.spent.nfe
         assert result.best is not None
+
+
+def array(*numbers: int) -> Handles:
+    return np.array(numbers, dtype=np.int64)
+
+
+def saved_and_restored(
+    environment: LatentEnvironment, name: str, handles: Handles
+) -> LatentEnvironment:
+    """A new world with the samples under the same handles, through a file."""
+    file = io.BytesIO()
+    torch.save(environment.export(handles), file)
+    file.seek(0)
+    other = world(name, 8, Pixelwise())
+    restored = other.restore(torch.load(file, weights_only=True), handles)
+    assert np.array_equal(restored, handles)
+    return other
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_a_solver_remembers_survives_saving(name: str) -> None:
+    ends = []
+    for saves in (False, True):
+        environment = world(name, 8, Pixelwise())
+        handles = environment.reset(array(0, 1), array(FIRST_DRAW, FIRST_DRAW))
+        # Lengths change, so that what is remembered of unlike jumps is saved too.
+        for edge, stride in enumerate((1, 1, 2, 1, 1, 2)):
+            environment.denoise(handles)
+            seeds = array(edge, edge + 50)
+            handles = environment.step(handles, [Action(stride)] * 2, seeds)
+            if saves:
+                environment = saved_and_restored(environment, name, handles)
+        ends.append(environment.denoised(handles))
+    assert torch.isfinite(ends[0]).all()
+    assert torch.equal(*ends)

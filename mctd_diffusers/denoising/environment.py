@@ -468,7 +468,8 @@ class LatentEnvironment:
     def estimate_change(self, handles: Handles) -> npt.NDArray[np.float64]:
         """Change of the denoised estimate since the parent's, rms, by that of half the log-SNR.
 
-        NaN of samples that were not stepped to. Kept where the gain model reads it.
+        NaN of samples that were not stepped to, and of those that were from noise alone, without
+        signal. Kept where the gain model reads it.
 
         Raises:
             CapacityError: a handle is not known.
@@ -482,7 +483,8 @@ class LatentEnvironment:
                 before, step_index = sample.parent_estimate
                 moved = self._denoised_of([sample])[0] - before.to(self._device)
                 passed = (log_snr[sample.step_index] - log_snr[step_index]) / 2
-                changes[row] = moved.float().square().mean().sqrt() / passed
+                if passed.isfinite():
+                    changes[row] = moved.float().square().mean().sqrt() / passed
         return changes
 
     def aside(self) -> LatentEnvironment:

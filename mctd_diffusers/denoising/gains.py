@@ -313,9 +313,12 @@ def ays_costs(stepper: Stepper, strides: Sequence[int]) -> Floats:
 
 
 def change_costs(stepper: Stepper, strides: Sequence[int]) -> Floats:
-    """Those of :class:`EstimateChange`, for an estimate that moves by 1 at a constant rate."""
+    """Those of :class:`EstimateChange`, for an estimate that moves by 1 at a constant rate.
+
+    Infinite from noise alone (a schedule that begins without signal), from where all is far.
+    """
     levels = stepper.log_snr.double().numpy()
-    rate = 2 / (levels[-1] - levels[0])
+    rate = 2 / (levels[-1] - levels[np.isfinite(levels)][0])
     return _between(levels, strides, lambda here, there: rate * _held_still(here, there))
 
 
