@@ -76,6 +76,7 @@ def _is_sde(scheduler: Any) -> bool:
     return str(scheduler.config.algorithm_type).startswith("sde-")
 
 
+_THIRD_ORDER = "of the third order, it reckons the steps left as if strides stayed as they are"
 _THREE: tuple[Any, ...] = ("epsilon", "v_prediction", "sample")
 _TWO = _THREE[:2]
 _WITH_FLOW = (*_THREE, "flow_prediction")
@@ -97,24 +98,37 @@ _DDPM = SchedulerTraits(
         "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
     },
 )
+_NOISES_AGAIN = "noises the estimate again: siblings differ by nearly all of their noise"
 _CONSISTENCY = SchedulerTraits(
     "alphas",
     schedule=("timesteps",),
     draws=always,
     settings={"prediction_type": _THREE},
-    note="noises the estimate again: siblings differ by nearly all of their noise",
+    note=_NOISES_AGAIN,
 )
 _EULER = SchedulerTraits(
-    "exploding", split=True, settings={"prediction_type": (*_THREE, "original_sample")}
+    "exploding",
+    split=True,
+    settings={
+        "prediction_type": (*_THREE, "original_sample"),
+        "interpolation_type": ("linear",),  # the other has one level too many for its timesteps
+    },
+    note="the churn of its step (`s_churn`) is not used",
 )
+_TO_ROUNDING = "its midpoints are reckoned anew, so strides equal the stock scheduler to rounding"
 _KARRAS_MIDPOINT = SchedulerTraits(
     "exploding",
     grid="two calls",
     blank=_midpoint_memory,
     settings={"prediction_type": _TWO},
+    note=_TO_ROUNDING,
 )
 _FLOW = SchedulerTraits("flow", estimate="formula")
-_EDM = SchedulerTraits("exploding", settings={"prediction_type": _TWO})
+_EDM = SchedulerTraits(
+    "exploding",
+    settings={"prediction_type": _TWO},
+    note="the churn of its step (`s_churn`) is not used",
+)
 
 TRAITS: Mapping[str, SchedulerTraits] = {
     "CMStochasticIterativeScheduler": SchedulerTraits(
@@ -122,7 +136,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         reads=lambda scheduler: 1,  # it asks whether its schedule has more than one step
         draws=always,
         estimate="formula",
-        note="consistency models trained from EDM",
+        note=f"consistency models; {_NOISES_AGAIN}",
     ),
     "CogVideoXDDIMScheduler": SchedulerTraits(
         "alphas",
@@ -152,6 +166,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         drops_oldest=True,
         estimate="formula",
         settings={"prediction_type": _WITH_FLOW, "thresholding": (False,)},
+        note=_THIRD_ORDER,
     ),
     "DPMSolverMultistepScheduler": SchedulerTraits(
         "solver",
@@ -167,6 +182,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
             "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
             "variance_type": (None,),
         },
+        note=_THIRD_ORDER,
     ),
     "DPMSolverSDEScheduler": SchedulerTraits(
         "exploding",
@@ -201,6 +217,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         drops_oldest=True,
         estimate="convert",
         settings={"prediction_type": _TWO},
+        note=_THIRD_ORDER,
     ),
     "EDMEulerScheduler": _EDM,
     "EulerAncestralDiscreteScheduler": SchedulerTraits(
@@ -213,6 +230,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         noise_in_single=True,
         estimate="formula",
         settings={"invert_sigmas": (False,)},
+        note="with `stochastic_sampling` it " + _NOISES_AGAIN,
     ),
     "FlowMatchHeunDiscreteScheduler": SchedulerTraits(
         "flow", grid="two calls", blank=_heun_memory, estimate="formula"
@@ -223,6 +241,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         noise_in_single=True,
         estimate="formula",
         settings={"invert_sigmas": (False,), "scale_factors": (None,)},
+        note=_NOISES_AGAIN,
     ),
     "HeunDiscreteScheduler": SchedulerTraits(
         "exploding",
@@ -246,6 +265,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         blank=_midpoint_memory,
         draws=always,
         settings={"prediction_type": _TWO},
+        note=_TO_ROUNDING,
     ),
     "KDPM2DiscreteScheduler": _KARRAS_MIDPOINT,
     "LCMScheduler": _CONSISTENCY,
@@ -257,7 +277,11 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         settings={"prediction_type": _THREE},
     ),
     "LTXEulerAncestralRFScheduler": SchedulerTraits(
-        "flow", draws=always, noise_in_single=True, estimate="formula"
+        "flow",
+        draws=always,
+        noise_in_single=True,
+        estimate="formula",
+        note="its own share of noise is the `eta` of its config",
     ),
     "MiniMaxH3Scheduler": SchedulerTraits(
         "flow", estimate="formula", note="its network predicts the velocity towards the data"
@@ -283,6 +307,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         schedule=("timesteps",),
         draws=always,
         settings={"prediction_type": ("trigflow",)},
+        note=_NOISES_AGAIN,
     ),
     "TCDScheduler": SchedulerTraits(
         "alphas",
@@ -313,6 +338,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
             "disable_corrector": ([],),
             "solver_p": (None,),
         },
+        note=_THIRD_ORDER,
     ),
 }
 """Classes that can be stepped in a tree, and how."""
@@ -339,6 +365,8 @@ REFUSED: Mapping[str, str] = {
     "which only its own pipeline passes",
     "HeliosScheduler": "its schedule is cut into stages of growing resolution: a stride over their "
     "borders means nothing",
+    "KarrasVeScheduler": "it has churn and correction in functions of its own beside `step`, which "
+    "only its own pipeline calls",
     "PNDMScheduler": "its coefficients hold at one spacing alone, it takes its first step twice "
     "and it cannot start anew in the middle: it has no stride above 1, and no fresh noise",
     "PiflowScheduler": "its network predicts a policy for one whole segment, and no denoised "
@@ -349,6 +377,7 @@ REFUSED: Mapping[str, str] = {
     "back up the schedule by itself",
     "ScoreSdeVeScheduler": "it has no `step`: it predicts and corrects in two functions of its own "
     "pipeline",
+    "ScoreSdeVpScheduler": "it has no `step`: it predicts in a function of its own pipeline",
     "VQDiffusionScheduler": _TOKENS,
 }
 """Classes that cannot be stepped in a tree, and why."""
