@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mctd_diffusers.denoising.solver_memory import SolverState
+from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.denoising.views import BrownianEdge
+from mctd_diffusers.search.environment import Action
 
 # As Stable Diffusion 1.5 sets them up, but with the spacing whose cuts are again such spacings.
 COMMON = {
@@ -249,3 +252,74 @@ def stock_loop(
             scheduler.noise_sampler = BrownianEdge([generator], latents, midpoint)
         latents = scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
     return latents
+
+
+def true_output(scheduler: Any, x: Tensor, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
+    """What a perfect network answers for ``x = alpha x0 + sigma eps``, by its prediction type.
+
+    ``level`` is ``sigma``, and for EDM ``sigma / alpha``.
+    """
+    kind = type(scheduler).__name__.removesuffix("Scheduler")
+    prediction = scheduler.config.get("prediction_type", "flow_prediction")
+    if kind == "MiniMaxH3":
+        return x0 - eps
+    if kind == "IPNDM" or (kind == "DDIM" and prediction == "v_prediction"):
+        return (1 - level**2).sqrt() * eps - level * x0
+    answer: Tensor
+    if kind == "SCM":
+        sine = level / scheduler.config.sigma_data
+        answer = ((1 - sine**2).sqrt() * x - x0) / sine
+    elif kind == "CMStochasticIterative":
+        skip, out = scheduler.get_scalings_for_boundary_condition(level)
+        answer = (x0.clamp(-1, 1) - skip * x) / out
+    elif kind.startswith(("EDM", "Cosine")):  # Karras et al., 2022, table 1
+        data = scheduler.config.sigma_data
+        skip, out = data**2 / (level**2 + data**2), level * data / (level**2 + data**2).sqrt()
+        answer = (x0 - skip * x) / (-out if prediction == "v_prediction" else out)
+    else:
+        answer = eps if prediction == "epsilon" else eps - x0
+    return answer
+
+
+def evaluate(stepper: Stepper, latents: Tensor, states: Sequence[SolverState]) -> Tensor:
+    return network(*stepper.network_input(latents, states))
+
+
+def walk(
+    stepper: Stepper,
+    latents: Tensor,
+    strides: Sequence[int],
+    seeds: Sequence[int],
+    eta: float | None = None,
+) -> Tensor:
+    """One sample all the way, alone."""
+    states = [stepper.initial_state()]
+    for stride, seed in zip(strides, seeds, strict=True):
+        latents, states = cross(stepper, latents, states, [Action(stride, eta)], [seed])
+    assert states[0].step_index == stepper.num_steps
+    return latents
+
+
+def cross(
+    stepper: Stepper,
+    latents: Tensor,
+    states: Sequence[SolverState],
+    actions: Sequence[Action],
+    seeds: Sequence[int],
+) -> tuple[Tensor, list[SolverState]]:
+    """An edge of each sample, with the second network call where it takes one."""
+    outputs = evaluate(stepper, latents, states)
+    latents, after = stepper.step(latents, outputs, states, actions, seeds)
+    midway = [row for row, state in enumerate(after) if state.midway is not None]
+    for row, (state, action) in enumerate(zip(states, actions, strict=True)):
+        assert stepper.needs_midpoint(state.step_index, action) == (row in midway)
+    if midway:
+        some = [after[row] for row in midway]
+        outputs = evaluate(stepper, latents[midway], some)
+        ends, states_there = stepper.complete(
+            latents[midway], outputs, some, [seeds[row] for row in midway]
+        )
+        latents = latents.clone()
+        for row, end, state in zip(midway, ends, states_there, strict=True):
+            latents[row], after[row] = end, state
+    return latents, after
