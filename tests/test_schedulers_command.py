@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from mctd_diffusers import cli
+from mctd_diffusers.denoising.schedulers import REFUSED, TRAITS
 from mctd_diffusers.pipeline import MCTDPipeline
 from tests.pipelines import tiny
 
@@ -131,3 +133,41 @@ def test_what_cannot_be_compared_is_refused(
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_all_that_can_be_stepped_is_listed_and_the_rest_has_its_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, out, err = run(capsys, "--list")
+    assert status == 0, err
+    table, reasons = out.split("Refused:\n")
+    rows = [[entry.strip() for entry in line.split("|")[1:-1]] for line in table.splitlines()]
+    by_name = {row[0]: row[1:6] for row in rows if row}
+    assert by_name["DDIM"] == ["DDIMScheduler", "1", "any", "none", "own"]
+    assert by_name["Heun"] == ["HeunDiscreteScheduler", "2", "any", "none", "injected"]
+    assert set(TRAITS) == {kind for kind, *_ in by_name.values()} & set(TRAITS)
+    assert {line[2:].split(":")[0] for line in reasons.splitlines()} == set(REFUSED)
+
+
+def test_a_scheduler_of_one_s_own_is_checked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own_schedulers.py").write_text(
+        "from diffusers import EulerDiscreteScheduler\n"
+        "class Renamed(EulerDiscreteScheduler):\n"
+        "    pass\n"
+    )
+    status, out, err = run(capsys, "--check", "own_schedulers:Renamed")
+    assert status == 0, err
+    *findings, said = out.splitlines()
+    assert len(findings) > 5
+    assert all(line.startswith("yes  ") for line in findings)
+    assert said.startswith("own_schedulers:Renamed can be stepped in a tree: calls a step 1")
+    sys.modules.pop("own_schedulers")
+    status, out, err = run(capsys, "--check", "Heun")
+    assert (status, err) == (0, "")
+    assert out.startswith("Heun can be stepped in a tree: calls a step 2")
+    status, out, err = run(capsys, "--check", "DDIMInverse")
+    assert (status, out) == (1, "")
+    assert "DDIMInverseScheduler cannot be branched: it adds noise" in err

@@ -101,6 +101,17 @@ def schedulers(
     out: Annotated[
         Path, typer.Option(help="Folder for cells and results; cells that are there are kept.")
     ] = Path("outputs/schedulers"),
+    list_them: Annotated[
+        bool, typer.Option("--list", help="Say which schedulers can be searched, and do no more.")
+    ] = False,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEDULER",
+            help="Say what of a scheduler works in a tree, such as module:Class of your own, and "
+            "do no more.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it is going to cost, and make nothing.")
     ] = False,
@@ -113,6 +124,12 @@ def schedulers(
     Writes results.csv, report.md, gold.png, branching.png, and pictures side by side as sheet.png.
     Stopped, it goes on from the finished cells.
     """
+    if list_them:
+        _list()
+        return
+    if check is not None:
+        _check(check)
+        return
     with saving() as saved:
         from mctd_diffusers.denoising.scheduler_names import read_schedulers
 
@@ -155,6 +172,59 @@ def schedulers(
         else:
             cells, measured = _made(pipe, judge, comparison, branching, out, saved)
         _report(comparison, cells, measured, out)
+
+
+def _list() -> None:
+    """Say which schedulers can be stepped in a tree, and why others cannot."""
+    import diffusers
+
+    from mctd_diffusers.denoising.schedulers import REFUSED
+    from mctd_diffusers.evaluation.benchmark.report import aligned
+    from mctd_diffusers.evaluation.scheduler_effects.supported import supported
+
+    diffusers.utils.logging.set_verbosity_error()
+    heads = ["name", "class", "calls a step", "longest stride", "noise", "branching", "note"]
+    rows = [
+        [
+            each.name,
+            each.kind,
+            str(each.calls_per_step or ""),
+            each.longest_stride,
+            each.plain_noise,
+            each.branching_noise,
+            each.note,
+        ]
+        for each in supported()
+    ]
+    for line in aligned(heads, rows):
+        typer.echo(line)
+    typer.echo("")
+    typer.echo("Refused:")
+    for kind, why in REFUSED.items():
+        typer.echo(f"- {kind}: {why}")
+
+
+def _check(text: str) -> None:
+    """Say what of a scheduler works in a tree.
+
+    Raises:
+        UnsupportedSchedulerError: it cannot be stepped in one.
+    """
+    from mctd_diffusers.denoising.scheduler_names import named_scheduler
+    from mctd_diffusers.denoising.schedulers import check_scheduler, inspection_of, is_listed
+    from mctd_diffusers.evaluation.scheduler_effects.supported import looked_at
+
+    named = named_scheduler(text, {})
+    if not is_listed(named.scheduler):
+        for finding in inspection_of(named.scheduler).findings:
+            typer.echo(f"{'yes' if finding.holds else 'no':<5}{finding.name}: {finding.detail}")
+    check_scheduler(named.scheduler)
+    found = looked_at(text)
+    typer.echo(
+        f"{found.name} can be stepped in a tree: calls a step {found.calls_per_step}, longest "
+        f"stride {found.longest_stride}, noise of plain edges {found.plain_noise}, of branching "
+        f"ones {found.branching_noise}"
+    )
 
 
 def _read_bench(

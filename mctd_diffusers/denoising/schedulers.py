@@ -393,20 +393,31 @@ def traits_of(scheduler: Any) -> SchedulerTraits:
     Raises:
         UnsupportedSchedulerError: it is refused, or lacks what a tree needs.
     """
-    kind = type(scheduler)
-    name = kind.__name__
-    is_stock = kind.__module__.startswith("diffusers.")
-    if is_stock and name in TRAITS:
-        return TRAITS[name]
-    if is_stock and name in REFUSED:
+    name = type(scheduler).__name__
+    if is_listed(scheduler):
+        if name in TRAITS:
+            return TRAITS[name]
         raise UnsupportedSchedulerError(f"{name} cannot be branched: {REFUSED[name]}; {_CURE}")
-    key = (kind, repr(sorted(getattr(scheduler, "config", {}).items())))
-    if key not in _INSPECTED:
-        _INSPECTED[key] = inspect_scheduler(scheduler, _traits_of_parent(kind))
-    inspection = _INSPECTED[key]
+    inspection = inspection_of(scheduler)
     if inspection.traits is None:
         raise UnsupportedSchedulerError(f"{name} cannot be branched: {inspection.lacks}; {_CURE}")
     return inspection.traits
+
+
+def is_listed(scheduler: Any) -> bool:
+    """Whether a scheduler's class is in one of the two tables."""
+    kind = type(scheduler)
+    is_stock = kind.__module__.startswith("diffusers.")
+    return is_stock and (kind.__name__ in TRAITS or kind.__name__ in REFUSED)
+
+
+def inspection_of(scheduler: Any) -> Inspection:
+    """What is found out about a scheduler whose class is in no table, once for a config."""
+    kind = type(scheduler)
+    key = (kind, repr(sorted(getattr(scheduler, "config", {}).items())))
+    if key not in _INSPECTED:
+        _INSPECTED[key] = inspect_scheduler(scheduler, _traits_of_parent(kind))
+    return _INSPECTED[key]
 
 
 def _traits_of_parent(kind: type) -> SchedulerTraits | None:
