@@ -37,7 +37,8 @@ class Cost(NamedTuple):
 
     Attributes:
         images: how many are diagnosed.
-        nfe: evaluations, to the last one.
+        nfe: evaluations, to the last one; at most so many where the scheduler takes two network
+            calls a step.
         seconds: about.
     """
 
@@ -215,7 +216,8 @@ def _cost_of(results: Sequence[SearchResult], world: World, gold: RewardFn, effo
     nfe = scored = 0
     for result in results:
         reused = len(plain_rows(result))
-        nfe += planned_nfe(result, num_steps, effort, reused=reused)
+        evaluations = planned_nfe(result, num_steps, effort, reused=reused)
+        nfe += evaluations * world.stepper.calls_per_step
         scored += num_scored(result, num_steps, effort, reused=reused)
     prices = replace(world, reward=_JudgedReward(world.reward, gold)).measure_prices()
     rows = nfe * world.prepared.network.rows_per_latent
