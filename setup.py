@@ -42,6 +42,7 @@ EXTRAS_REQUIRE = {
         "pytest-xdist>=3.6",
         "ruff==0.17.6",
         "scipy>=1.12",
+        "torchsde>=0.2.6",  # what two schedulers of diffusers draw their noise with
     ],
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,13 @@ from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.denoising.views import BrownianEdge
 from mctd_diffusers.search.environment import Action
 
+if importlib.util.find_spec("torchsde") is None:
+    raise ImportError(
+        "torchsde is missing, without which DPMSolverSDE and CosineDPMSolverMultistep cannot be "
+        "made, and the tests of schedulers would prove nothing of them; install what the tests "
+        "need: `make install`."
+    )
+
 # As Stable Diffusion 1.5 sets them up, but with the spacing whose cuts are again such spacings.
 COMMON = {
     "beta_start": 0.00085,
@@ -25,6 +33,13 @@ COMMON = {
     "beta_schedule": "scaled_linear",
     "timestep_spacing": "trailing",
     "steps_offset": 1,
+}
+NEEDED: dict[str, dict[str, Any]] = {
+    # Enough steps to choose from, for all the numbers of steps of the tests.
+    "LCM": {"original_inference_steps": 1000},
+    "TCD": {"original_inference_steps": 1000},
+    "CMStochasticIterative": {"num_train_timesteps": 321},
+    "UnCLIP": {"beta_schedule": "squaredcos_cap_v2"},  # it knows no other
 }
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -70,11 +85,11 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc-flow": ("UniPCMultistep", FLOW),
     "sasolver": ("SASolver", {}),
     "ipndm": ("IPNDM", {}),
-    "lcm": ("LCM", {"original_inference_steps": 1000}),
-    "tcd": ("TCD", {"original_inference_steps": 1000}),
-    "tcd-eta": ("TCD", {"original_inference_steps": 1000}),
-    "cm": ("CMStochasticIterative", {"num_train_timesteps": 321}),
-    "unclip": ("UnCLIP", {"beta_schedule": "squaredcos_cap_v2"}),
+    "lcm": ("LCM", {}),
+    "tcd": ("TCD", {}),
+    "tcd-eta": ("TCD", {}),
+    "cm": ("CMStochasticIterative", {}),
+    "unclip": ("UnCLIP", {}),
     "edm-euler": ("EDMEuler", {}),
     "edm-dpm++": ("EDMDPMSolverMultistep", {}),
     "edm-sde-dpm++": ("EDMDPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}),
@@ -116,7 +131,8 @@ def make_of_class(kind: str, num_steps: int = 0, **settings: Any) -> Any:
     known = inspect.signature(made).parameters
     common = {key: value for key, value in COMMON.items() if key in known}
     # Some classes lay out a schedule of all 1,000 timesteps when they are made: half a second.
-    return copy.deepcopy(_made(made, num_steps, _Settings({**common, **settings})))
+    settings = {**common, **NEEDED.get(kind, {}), **settings}
+    return copy.deepcopy(_made(made, num_steps, _Settings(settings)))
 
 
 class _Settings(dict[str, Any]):
@@ -161,10 +177,7 @@ def set_points(scheduler: Any, full: Any, points: Sequence[int]) -> None:
     set_steps(scheduler, len(points))
     ends = [*points, steps_of(full)]
     kind = type(scheduler).__name__.removesuffix("Scheduler")
-    if kind == "EDMEuler":
-        ramp = torch.linspace(0, 1, steps_of(full), dtype=torch.float64)
-        scheduler.set_timesteps(len(points), sigmas=ramp[list(points)])
-    elif kind == "SCM":
+    if kind == "SCM":
         scheduler.timesteps = full.timesteps[ends]
     elif kind in TWO_CALLS:
         _set_points_of_two_calls(scheduler, full, points)

@@ -206,6 +206,8 @@ TRAITS: Mapping[str, SchedulerTraits] = {
             "prediction_type": _WITH_FLOW,
             "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
             "variance_type": (None,),
+            # Else `lower_order_final` may be off: the last of an odd number then has no order.
+            "final_sigmas_type": ("zero",),
         },
         note="at the third order strides would break its groups of three steps",
     ),
