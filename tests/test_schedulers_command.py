@@ -103,7 +103,7 @@ def test_plain_samples_alone_can_be_compared_with_another_reference(
     assert status == 0, err
     assert not (tmp_path / "branching").exists()
     report = (tmp_path / "report.md").read_text("utf-8")
-    assert "## Gold above DPM++2M:karras" in report
+    assert "## Gold above DPM++2M:karras at equal NFE" in report
     assert "with best_of_n: " in out
 
 

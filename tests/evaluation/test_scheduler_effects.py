@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -227,7 +228,7 @@ def test_all_schedulers_start_from_one_noise_and_draw_by_the_same_seeds(pipe: An
 
 
 def test_no_scheduler_spends_more_than_the_budget(pipe: Any) -> None:
-    bench = replace(BENCH, budgets=parse_budgets("3x"), prompts=("a cup",), kinds=("one",))
+    bench = replace(BENCH, budgets=parse_budgets("4x"), prompts=("a cup",), kinds=("one",))
     comparison = compared("DDIM,Heun,UniPC", bench)
     for name, suite in suites(pipe, comparison).items():
         for task in comparison.plan_of(comparison.named(name)).tasks():
@@ -405,6 +406,22 @@ def test_differences_from_the_reference_are_paired() -> None:
     assert spread.high - spread.low > 0.02  # of the prompts themselves
 
 
+def test_the_reference_is_taken_at_the_nfe_that_was_spent() -> None:
+    results = grey_results()  # gold rises by 0.01 from 2x to 4x, from 7 to 15 NFE
+    condition = Condition("Euler", BUDGET, "4x")
+
+    def spending(nfe: int) -> SchedulerResults:
+        group = results.groups[condition]
+        runs = {key: replace(run, nfe=nfe) for key, run in group.runs.items()}
+        return replace(results, groups=results.groups | {condition: group._replace(runs=runs)})
+
+    between = 0.03 - 0.01 * math.log(10 / 7) / math.log(15 / 7)
+    for nfe, gain in ((15, 0.02), (10, between), (7, 0.03), (3, 0.03), (40, 0.02)):
+        found = spending(nfe).above_reference(condition)
+        assert found is not None
+        assert found.mean == pytest.approx(gain), nfe
+
+
 @pytest.mark.parametrize(
     ("noise", "chosen"),
     [(0.0, "Euler"), (0.2, "DDIM")],  # shown to be better, and a tie
@@ -460,11 +477,12 @@ def test_the_report_says_all_of_it(tmp_path: Path) -> None:
     assert "| scheduler | Euler | 0.523 [" in text
     assert "+0.020 [+0.020, +0.020]" in text
     for title in (
-        "Gold above DDIM", "Interaction of scheduler and strategy", "What it cost", "Reward",
+        "Gold above DDIM at equal NFE", "Interaction of scheduler and strategy", "What it cost",
+        "Reward",
         "Interaction of scheduler and stride policy of mctd", "Every fact right, %",
     ):  # fmt: skip
         assert f"## {title} " in text
-    assert "Not all cells are there yet" not in text
+    assert "Not all cells are there" not in text
     with Image.open(paths[2]) as picture:
         assert picture.width > 1000
 
@@ -474,4 +492,4 @@ def test_a_part_of_a_comparison_says_so(tmp_path: Path) -> None:
     cells = grey_cells(comparison)
     cells["Euler"] = cells["Euler"][:2]
     _, report, _ = write_effects(comparison, cells, [], tmp_path)
-    assert "**Not all cells are there yet**" in report.read_text("utf-8")
+    assert "**Not all cells are there**" in report.read_text("utf-8")

@@ -9,14 +9,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.benchmark.cells import Cell, Run
-from mctd_diffusers.evaluation.benchmark.comparison import Group, difference, interval, over_seeds
+from mctd_diffusers.evaluation.benchmark.comparison import (
+    Group,
+    difference,
+    interval,
+    mixed,
+    over_seeds,
+)
 from mctd_diffusers.evaluation.benchmark.plan import PLAIN
 from mctd_diffusers.evaluation.metrics import Interval, bootstrap_mean
 from mctd_diffusers.evaluation.scheduler_effects.comparison import (
@@ -25,6 +31,9 @@ from mctd_diffusers.evaluation.scheduler_effects.comparison import (
     Condition,
     arm_of,
 )
+
+NFE_APART: Final = 0.02
+"""Share by which two conditions may differ in measured NFE, and still count as equal."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +97,38 @@ class SchedulerResults:
         return self.groups.get(Condition(scheduler, arm, budget))
 
     def above_reference(self, condition: Condition) -> Interval | None:
-        """Gold above that of the reference with the same arm and budget."""
-        base = self.groups.get(condition._replace(scheduler=self.reference))
-        if base is None or condition.scheduler == self.reference:
+        """Gold above that of the reference with the same arm, at the NFE that was spent."""
+        if condition.scheduler == self.reference:
             return None
-        shared = difference(self.groups[condition].gold, base.gold)
+        group = self.groups[condition]
+        base = self.gold_at(self.reference, condition, group.nfe)
+        shared = difference(group.gold, base)
         return interval(shared) if shared else None
+
+    def gold_at(
+        self, scheduler: str, condition: Condition, nfe: float
+    ) -> Mapping[tuple[str, int], float]:
+        """Gold of a scheduler with the arm of a condition, at so many measured NFE.
+
+        That of the same budget where as much was spent, within `NFE_APART`; else each run's,
+        interpolated linearly in the logarithm of NFE between the budgets that are nearest, and
+        beyond all budgets that of the nearest.
+
+        Returns:
+            Gold by (prompt, seed); empty where nothing is there.
+        """
+        same = self.at(scheduler, condition.arm, condition.budget)
+        if same is not None and abs(same.nfe - nfe) <= NFE_APART * nfe:
+            return same.gold
+        found = (self.at(scheduler, condition.arm, b) for b in self.budgets(condition.arm))
+        curve = sorted((g for g in found if g is not None), key=lambda group: group.nfe)
+        if not curve:
+            return {}
+        for low, high in itertools.pairwise(curve):
+            if low.nfe <= nfe <= high.nfe and low.nfe < high.nfe:
+                share = np.log(nfe / low.nfe) / np.log(high.nfe / low.nfe)
+                return mixed(low.gold, high.gold, float(share))
+        return curve[0 if nfe < curve[0].nfe else -1].gold
 
 
 # Factors
@@ -293,7 +328,7 @@ class Recommendation(NamedTuple):
     contenders: tuple[Contender, ...]
 
 
-RULE = (
+RULE: Final = (
     "Recommended is the scheduler with the highest mean gold over the budgets; where the 95 % "
     "interval of the paired difference of the default from it is not below 0, that is a tie, and "
     "the default stays."

@@ -134,7 +134,7 @@ def markdown(
         ("Recommendation", _recommendations(results)),
         ("The schedulers", _schedulers(comparison)),
         ("Gold", _by_arm(results, lambda _, group: _mean(interval(group.gold)))),
-        (f"Gold above {reference}", _by_arm(results, _above(results))),
+        (f"Gold above {reference} at equal NFE", _above(results)),
         *itertools.chain.from_iterable(map(_effects, designs(results))),
         ("Reward", _by_arm(results, lambda _, group: _mean(interval(group.proxy)))),
         ("Every fact right, %", _by_arm(results, lambda _, group: _all_right(group))),
@@ -170,7 +170,10 @@ def _about(comparison: Comparison, results: SchedulerResults) -> Iterator[str]:
     yield f"Machine (device, Python, torch): {'; '.join(machines)}."
     if len(cells) < asked:
         yield ""
-        yield "**Not all cells are there yet**; conditions are compared on what they share."
+        yield (
+            "**Not all cells are there**; conditions are compared on the prompts that they share "
+            "(the last table has the runs of each)."
+        )
     for sentence in comparison.left_out():
         yield ""
         yield f"Left out is {sentence}."
@@ -184,13 +187,6 @@ def _mean(found: Interval | None, times: float = 1.0, digits: int = 3, sign: str
         return ""
     mean, low, high = (f"{times * part:{sign}.{digits}f}" for part in found)
     return f"{mean} [{low}, {high}]"
-
-
-def _above(results: SchedulerResults) -> Callable[[Condition, Group], str]:
-    def entry(condition: Condition, group: Group) -> str:
-        return _mean(results.above_reference(condition), sign="+")
-
-    return entry
 
 
 def _all_right(group: Group) -> str:
@@ -250,6 +246,18 @@ def _schedulers(comparison: Comparison) -> list[str]:
         "alone."
     )
     return [*aligned(heads, rows), "", note]
+
+
+def _above(results: SchedulerResults) -> list[str]:
+    """Gold above the reference, by what both really spent."""
+    table = _by_arm(
+        results, lambda condition, _: _mean(results.above_reference(condition), sign="+")
+    )
+    note = (
+        f"At the NFE that each condition spent: where {results.reference} spent another number at "
+        "that budget, its gold is interpolated between budgets, linearly in the logarithm of NFE."
+    )
+    return [*table, "", note] if table else []
 
 
 def _by_arm(results: SchedulerResults, entry: Callable[[Condition, Group], str]) -> list[str]:
@@ -371,8 +379,8 @@ def _told_from(correlations: Sequence[Interval | None]) -> str:
 def _costs(results: SchedulerResults) -> list[str]:
     """What was spent on an image, by what was metered."""
     heads = [
-        "scheduler", "arm", "budget", "steps", "NFE", "of budget, %", "finished", "scores",
-        "seconds", "wall ms/NFE",
+        "scheduler", "arm", "budget", "runs", "steps", "NFE", "of budget, %", "finished",
+        "scores", "seconds", "wall ms/NFE",
     ]  # fmt: skip
     rows = []
     for condition, group in results.groups.items():
@@ -383,6 +391,7 @@ def _costs(results: SchedulerResults) -> list[str]:
                 condition.scheduler,
                 condition.arm.label,
                 condition.budget,
+                str(len(group.runs)),
                 str(group.cells[0].num_steps),
                 f"{group.nfe:.1f}",
                 "" if share is None else f"{100 * share:.1f}",
