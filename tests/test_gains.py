@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 from mctd_diffusers.denoising.denoiser import FeatureTap
@@ -58,6 +58,14 @@ def test_log_snr_is_that_of_the_models_training_levels(kind: Any) -> None:
     np.testing.assert_allclose(levels[:-1], expected, rtol=1e-3)
     assert (levels.diff() > -1e-5).all()  # a schedule may end at the cleanest timestep itself
     assert levels[-1] == pytest.approx(float((alphas[0] / (1 - alphas[0])).log()))
+
+
+def test_log_snr_of_levels_that_are_configured_is_read_without_a_warning() -> None:
+    scheduler = EDMEulerScheduler()
+    scheduler.set_timesteps(10)
+    levels = Stepper(scheduler).log_snr
+    cleanest = 1 / scheduler.config.sigma_min**2
+    assert levels[-1] == pytest.approx(np.log(cleanest))
 
 
 # Features

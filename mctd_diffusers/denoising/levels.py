@@ -69,9 +69,9 @@ class NoiseLevels:
         if hasattr(self._scheduler, "alphas_cumprod"):
             cleanest = self._scheduler.alphas_cumprod[0].double()
             return cleanest / (1 - cleanest)
-        sigma = getattr(self._scheduler, "sigma_min", None) or self._scheduler.config.get(
-            "sigma_min"
-        )
+        # Not by attribute: diffusers warns of it where only the config has one.
+        own, config = vars(self._scheduler), self._scheduler.config
+        sigma = own.get("sigma_min") or config.get("sigma_min")
         if not sigma:
             return ratios[-1]
         sigma = torch.tensor(float(sigma), dtype=torch.float64)
