@@ -46,6 +46,7 @@ from mctd_diffusers.evaluation.scheduler_effects.effects import (
 from mctd_diffusers.evaluation.scheduler_effects.report import COLUMNS, write_effects
 from mctd_diffusers.evaluation.scheduler_effects.suite import (
     SchedulerSuite,
+    hash_of,
     open_world,
     pictures_of,
     unit_noise,
@@ -261,6 +262,15 @@ def test_cells_of_another_scheduler_or_setting_are_made_anew(pipe: Any) -> None:
     ]  # fmt: skip
     assert len({identity["scheduler"] for identity in found}) == 3
     assert len({identity["unet"] for identity in found}) == 1
+
+
+def test_what_a_process_notes_of_settings_does_not_count() -> None:
+    one, other = parsed("UniPC"), parsed("UniPC")
+    noted = one[0].scheduler.config["_use_default_values"]
+    assert len(noted) > 5  # in an order that differs between processes
+    other[0].scheduler.register_to_config(_use_default_values=noted[::-1])
+    assert hash_of(one[0]) == hash_of(other[0])
+    assert len({hash_of(each) for each in parsed("UniPC,UniPC:order=1,DDIM,DDIM:eta=1")}) == 4
 
 
 def test_a_policy_that_asks_a_head_needs_one(pipe: Any) -> None:

@@ -274,6 +274,15 @@ def weights_of(pipe: MCTDPipeline, gold: Gold) -> dict[str, str]:
         inner = getattr(part, "model", part)
         is_module = isinstance(inner, nn.Module)
         found[name] = weights_hash(inner) if is_module else reward_name(part)
-    config = f"{type(pipe.scheduler).__name__} {sorted(pipe.scheduler.config.items())}"
-    found["scheduler"] = hashlib.sha256(config.encode()).hexdigest()[:16]
-    return found
+    return found | {"scheduler": scheduler_hash(pipe.scheduler)}
+
+
+def settings_of(scheduler: Any) -> dict[str, Any]:
+    """Settings of a scheduler, without notes of where they are from, which have no fixed order."""
+    return {name: given for name, given in scheduler.config.items() if not name.startswith("_")}
+
+
+def scheduler_hash(scheduler: Any) -> str:
+    """Hash of a scheduler's class and settings."""
+    text = f"{type(scheduler).__name__} {sorted(settings_of(scheduler).items())}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

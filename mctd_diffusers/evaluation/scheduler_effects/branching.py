@@ -24,7 +24,7 @@ from mctd_diffusers.evaluation.benchmark.pipeline_suite import check_reward, ima
 from mctd_diffusers.evaluation.benchmark.plan import folder_name
 from mctd_diffusers.evaluation.metrics import Interval, bootstrap_mean, correlation
 from mctd_diffusers.evaluation.scheduler_effects.comparison import BRANCH_ETA, stepper_of
-from mctd_diffusers.evaluation.scheduler_effects.suite import open_world, scheduler_hash
+from mctd_diffusers.evaluation.scheduler_effects.suite import hash_of, open_world
 from mctd_diffusers.files import write_text
 from mctd_diffusers.models.weights import weights_hash
 from mctd_diffusers.pipeline import MCTDPipeline
@@ -147,7 +147,7 @@ def read_branching(
 
 def _asked(plan: BranchingPlan, named: NamedScheduler) -> Any:
     """What a file must be of."""
-    return json.loads(json.dumps([asdict(plan), named.name, scheduler_hash(named)]))
+    return json.loads(json.dumps([asdict(plan), named.name, hash_of(named)]))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -202,14 +202,7 @@ def reference_among(schedulers: Sequence[NamedScheduler], own: Any) -> str:
         own: scheduler of the model.
     """
     for named in schedulers:
-        is_same = type(named.scheduler) is type(own) and _settings(named.scheduler) == _settings(
-            own
-        )
-        if is_same and not named.eta:
+        is_same = type(named.scheduler) is type(own)
+        if is_same and settings_of(named.scheduler) == settings_of(own) and not named.eta:
             return named.name
     return schedulers[0].name
-
-
-def _settings(scheduler: Any) -> dict[str, Any]:
-    """Settings of a scheduler without notes of where they are from."""
-    return {name: given for name, given in scheduler.config.items() if not name.startswith("_")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from mctd_diffusers.evaluation.benchmark.pipeline_suite import (
     code_of,
     draw_metered,
     image_seed,
+    scheduler_hash,
     weights_of,
 )
 from mctd_diffusers.evaluation.benchmark.plan import BenchPlan, Method, Task
@@ -75,7 +75,7 @@ class SchedulerSuite:
         self._named = named
         self._pictures = pictures
         self._prices: Prices | None = None
-        self._weights = weights_of(pipe, gold) | {"scheduler": scheduler_hash(named)}
+        self._weights = weights_of(pipe, gold) | {"scheduler": hash_of(named)}
 
     def identity(self, method: Method) -> dict[str, str]:
         """Hashes of weights and scheduler, and of the code of the method and what it shares."""
@@ -221,7 +221,6 @@ def check_head(pipe: MCTDPipeline, methods: Sequence[Method]) -> None:
             )
 
 
-def scheduler_hash(named: NamedScheduler) -> str:
+def hash_of(named: NamedScheduler) -> str:
     """Hash of a scheduler's class, settings and share of noise."""
-    kind, config = type(named.scheduler).__name__, sorted(named.scheduler.config.items())
-    return hashlib.sha256(f"{kind} {config} {named.eta}".encode()).hexdigest()[:16]
+    return f"{scheduler_hash(named.scheduler)} {named.eta or 0.0:g}"
