@@ -56,7 +56,7 @@ from mctd_diffusers.calls import (
 from mctd_diffusers.denoising.denoiser import chunks
 from mctd_diffusers.denoising.environment import LatentEnvironment
 from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, RewardFn
-from mctd_diffusers.denoising.scheduler_names import scheduler_from
+from mctd_diffusers.denoising.scheduler_names import check_fits, scheduler_from
 from mctd_diffusers.denoising.schedulers import check_scheduler
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError, SearchError, UnsupportedSchedulerError
@@ -939,7 +939,8 @@ class MCTDPipeline(DiffusionPipeline):
         """A copy of the scheduler to search with.
 
         Raises:
-            UnsupportedSchedulerError: the one named explicitly cannot be branched.
+            UnsupportedSchedulerError: the one named explicitly cannot be branched, or is for models
+                of another kind.
             ConfigError: what is named is no scheduler.
         """
         if given is not None:
@@ -948,6 +949,7 @@ class MCTDPipeline(DiffusionPipeline):
                     f"search_scheduler={given!r} is a {type(given).__name__}: pass a scheduler, "
                     "such as DDIMScheduler.from_config(pipe.scheduler.config)"
                 )
+            check_fits(given, self.scheduler.config)
             check_scheduler(given)
             return copy.deepcopy(given)
         try:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeAlias
 
-from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.errors import ConfigError, UnsupportedSchedulerError
 from mctd_diffusers.imports import imported
 
 _DPMPP_2: Final = {"algorithm_type": "dpmsolver++", "solver_order": 2}
@@ -514,6 +514,21 @@ def _levels_of_model(config: Mapping[str, Any]) -> Levels | None:
         return "flow"
     is_known = prediction in ("epsilon", "v_prediction", "sample")
     return "betas" if is_known or "beta_schedule" in config else None
+
+
+def check_fits(scheduler: Any, config: Mapping[str, Any]) -> None:
+    """Refuse a scheduler for models of another kind than the one whose config is given.
+
+    Raises:
+        UnsupportedSchedulerError: says what each of them is for.
+    """
+    own, model = _levels_of_model(scheduler.config), _levels_of_model(config)
+    if own is not None and model is not None and own != model:
+        raise UnsupportedSchedulerError(
+            f"{type(scheduler).__name__} is for {_MEANT_FOR[own]}; this model is one of the "
+            f"{_MEANT_FOR[model]}: pictures would come out as noise. Use another, such as "
+            f"{_INSTEAD[model]}."
+        )
 
 
 def _levels_of_scheduler(said: SchedulerName, config: Mapping[str, Any]) -> Levels | None:

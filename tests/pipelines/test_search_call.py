@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, PNDMScheduler
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from PIL import Image
 
 from mctd_diffusers.errors import (
@@ -381,6 +381,9 @@ def test_a_scheduler_that_is_named_is_used_or_refused(pipe: MCTDPipeline) -> Non
     pndm = PNDMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(UnsupportedSchedulerError, match="PNDMScheduler"):
         search(pipe, search_scheduler=pndm)
+    flow = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(UnsupportedSchedulerError, match="FlowMatchEuler.*flow-matching.*betas"):
+        search(pipe, search_scheduler=flow)
     with pytest.raises(ConfigError, match="'ddim'"):
         pipe._scheduler_of("ddim")
 

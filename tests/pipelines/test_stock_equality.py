@@ -13,10 +13,14 @@ from mctd_diffusers.families.stable_diffusion import MCTDStableDiffusionPipeline
 from mctd_diffusers.pipeline import MCTDPipeline
 from tests.pipelines import tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 
 FIVE = ["ddim", "ddpm", "euler", "euler_ancestral", "dpm_multistep"]
 DETERMINISTIC = ["ddim", "euler", "dpm_multistep"]
+OTHERS = ["dpm_singlestep", "deis", "unipc", "lms", "tcd"]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -50,7 +54,7 @@ def test_no_search_is_the_stock_pipeline(name: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [8, pytest.param(32, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("name", [*DETERMINISTIC, *OTHERS])
 def test_best_of_one_is_the_stock_picture(name: str, steps: int) -> None:
     stock = tiny.make_stock(name)
     pipe = MCTDPipeline.from_pipe(stock, reward_model=tiny.redness)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,15 +11,20 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    TCDScheduler,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -45,6 +51,11 @@ SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
         DPMSolverMultistepScheduler,
         {"algorithm_type": "sde-dpmsolver++"},
     ),
+    "dpm_singlestep": (DPMSolverSinglestepScheduler, {}),
+    "deis": (DEISMultistepScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {}),
+    "tcd": (TCDScheduler, {}),
     "heun": (HeunDiscreteScheduler, {}),
     "kdpm2": (KDPM2DiscreteScheduler, {}),
     "kdpm2_ancestral": (KDPM2AncestralDiscreteScheduler, {}),
@@ -55,7 +66,9 @@ SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
 def make_scheduler(name: str = "ddim") -> Any:
     """A scheduler with the betas of Stable Diffusion."""
     scheduler_class, settings = SCHEDULERS[name]
-    return scheduler_class(**SCHEDULE, **settings)
+    known = inspect.signature(scheduler_class).parameters
+    schedule = {key: value for key, value in SCHEDULE.items() if key in known}
+    return scheduler_class(**schedule, **settings)
 
 
 def make_tokenizer() -> CLIPTokenizer:
