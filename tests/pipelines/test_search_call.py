@@ -382,7 +382,7 @@ def test_a_scheduler_that_is_named_is_used_or_refused(pipe: MCTDPipeline) -> Non
     with pytest.raises(UnsupportedSchedulerError, match="PNDMScheduler"):
         search(pipe, search_scheduler=pndm)
     flow = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(UnsupportedSchedulerError, match="FlowMatchEuler.*flow-matching.*betas"):
+    with pytest.raises(UnsupportedSchedulerError, match=r"FlowMatchEuler.*flow-matching.*betas"):
         search(pipe, search_scheduler=flow)
     with pytest.raises(ConfigError, match="'ddim'"):
         pipe._scheduler_of("ddim")
