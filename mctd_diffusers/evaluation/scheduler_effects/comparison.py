@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 from mctd_diffusers.denoising.scheduler_names import NamedScheduler
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.evaluation.benchmark.pipeline_suite import settings_of
 from mctd_diffusers.evaluation.benchmark.plan import (
     MORE_STEPS,
     PLAIN,
