@@ -11,7 +11,7 @@ import torch
 from mctd_diffusers.evaluation.benchmark.cells import cell_path
 from mctd_diffusers.evaluation.benchmark.pipeline_suite import check_reward, image_seed
 from mctd_diffusers.evaluation.benchmark.plan import Task, folder_name
-from mctd_diffusers.evaluation.scheduler_effects.branching import BranchingPlan, branching_path
+from mctd_diffusers.evaluation.scheduler_effects.branching import BranchingPlan, read_branching
 from mctd_diffusers.evaluation.scheduler_effects.comparison import Comparison, stepper_of
 from mctd_diffusers.evaluation.scheduler_effects.suite import open_world
 from mctd_diffusers.pipeline import MCTDPipeline
@@ -105,10 +105,10 @@ def estimate(
             ),
         )
     aside = 0
-    for named in comparison.schedulers if branching is not None else ():
-        assert branching is not None
-        if not branching_path(output / "branching", named).exists():
-            aside += branching.nfe(stepper_of(named, branching.num_steps).calls_per_step)
+    if branching is not None:
+        for named in comparison.schedulers:
+            if not read_branching([named], branching, output / "branching"):
+                aside += branching.nfe(stepper_of(named, branching.num_steps).calls_per_step)
     return Estimate(works, Work(aside, seconds(aside, bench.num_steps, True)), to_make, there)
 
 
