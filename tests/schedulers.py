@@ -53,6 +53,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim-parallel": ("DDIMParallel", {"clip_sample": False}),
     "ddpm": ("DDPM", {"clip_sample": False}),
     "ddpm-large": ("DDPM", {"clip_sample": True, "variance_type": "fixed_large"}),
+    "ddpm-log": ("DDPM", {"clip_sample": False, "variance_type": "fixed_small_log"}),
     "ddpm-parallel": ("DDPMParallel", {"clip_sample": False}),
     "cogvideox-ddim": ("CogVideoXDDIM", {"snr_shift_scale": 1.0, "clip_sample": False}),
     "euler": ("EulerDiscrete", {}),
@@ -103,6 +104,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": ("MiniMaxH3", {}),
     "scm": ("SCM", {}),
 }
+FIRST_OF_CLASS = list({kind: name for name, (kind, _) in reversed(SCHEDULERS.items())}.values())
 ETAS = {"ddim-eta": 0.7, "tcd-eta": 0.3}
 TWO_CALLS = {
     "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE",

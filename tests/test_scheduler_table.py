@@ -158,13 +158,16 @@ def make(kind: str, num_steps: int = 0, **settings: Any) -> Any:
     return scheduler
 
 
+@pytest.mark.parametrize("strides", [(1, 4), pytest.param((2, 8), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(("kind", "settings"), SETTINGS)
-def test_every_setting_steps_like_the_stock_scheduler(kind: str, settings: dict[str, Any]) -> None:
+def test_every_setting_steps_like_the_stock_scheduler(
+    kind: str, settings: dict[str, Any], strides: tuple[int, ...]
+) -> None:
     full = make(kind, STEPS, **settings)
     stepper = Stepper(full)
     assert stepper.num_steps == STEPS
     first, seeds = first_noise(full, 1, *SHAPE), list(range(100, 100 + STEPS))
-    for stride in (1, 2, 4, 8):
+    for stride in strides:
         points = list(range(0, STEPS, stride))
         stock = copy.deepcopy(full)
         if stride > 1:

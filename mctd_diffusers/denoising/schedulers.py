@@ -308,6 +308,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         "trigonometric",
         schedule=("timesteps",),
         draws=always,
+        noise_in_single=True,
         settings={"prediction_type": ("trigflow",)},
         note=_NOISES_AGAIN,
     ),
