@@ -157,6 +157,9 @@ def test_a_scheduler_of_one_s_own_is_checked(
         "from diffusers import EulerDiscreteScheduler\n"
         "class Renamed(EulerDiscreteScheduler):\n"
         "    pass\n"
+        "class Turned(EulerDiscreteScheduler):\n"
+        "    def step(self, sample, timestep, model_output, **rest):\n"
+        "        return super().step(model_output, timestep, sample, **rest)\n"
     )
     status, out, err = run(capsys, "--check", "own_schedulers:Renamed")
     assert status == 0, err
@@ -164,6 +167,10 @@ def test_a_scheduler_of_one_s_own_is_checked(
     assert len(findings) > 5
     assert all(line.startswith("yes  ") for line in findings)
     assert said.startswith("own_schedulers:Renamed can be stepped in a tree: calls a step 1")
+    status, out, err = run(capsys, "--check", "own_schedulers:Turned")
+    assert status == 1
+    assert out.splitlines()[-1].startswith("no   takes the common arguments: `step` takes sample,")
+    assert "Turned cannot be branched" in err
     sys.modules.pop("own_schedulers")
     status, out, err = run(capsys, "--check", "Heun")
     assert (status, err) == (0, "")

@@ -319,7 +319,7 @@ def _found(
     """
     from mctd_diffusers.evaluation.benchmark.cells import read_cells
     from mctd_diffusers.evaluation.scheduler_effects.branching import read_branching
-    from mctd_diffusers.evaluation.scheduler_effects.cost import cells_folder
+    from mctd_diffusers.evaluation.scheduler_effects.comparison import cells_folder
 
     cells = {
         named.name: read_cells(comparison.plan_of(named), cells_folder(out, named.name))
@@ -346,8 +346,11 @@ def _made(
     """All cells, and what is measured aside, made where they are not there yet."""
     from mctd_diffusers.evaluation.benchmark.cells import make_cells
     from mctd_diffusers.evaluation.scheduler_effects.branching import measure_branching
-    from mctd_diffusers.evaluation.scheduler_effects.comparison import stepper_of
-    from mctd_diffusers.evaluation.scheduler_effects.cost import cells_folder
+    from mctd_diffusers.evaluation.scheduler_effects.comparison import (
+        cells_folder,
+        pictures_folder,
+        stepper_of,
+    )
     from mctd_diffusers.evaluation.scheduler_effects.suite import SchedulerSuite
     from mctd_diffusers.files import make_folder
 
@@ -367,7 +370,8 @@ def _made(
             )
         for named in comparison.schedulers:
             plan = plans[named.name]
-            suite = SchedulerSuite(pipe, judge, plan, named, out / "pictures" / named.name)
+            pictures = pictures_folder(out, named.name)
+            suite = SchedulerSuite(pipe, judge, plan, named, pictures)
             on_cell = _on_cell(bar, named.name, saved)
             cells[named.name] = make_cells(plan, suite, cells_folder(out, named.name), on_cell)
     return cells, measured
@@ -452,6 +456,7 @@ def _write_sheet(
     comparison: Comparison, results: SchedulerResults, arm: Arm, out: Path, path: Path
 ) -> bool:
     """Write the pictures of an arm side by side, schedulers as columns; whether there are any."""
+    from mctd_diffusers.evaluation.scheduler_effects.comparison import pictures_folder
     from mctd_diffusers.viewing.sheets import comparison_sheet
 
     budget = results.budgets(arm)[0 if arm == results.arms[0] else -1]
@@ -463,7 +468,7 @@ def _write_sheet(
             steps = group.cells[0].num_steps
             heads.append((named.name, f"{steps} steps, {group.nfe:.4g} NFE an image"))
             plan = comparison.plan_of(named)
-            columns.append(_column(plan, group, arm, out / "pictures" / named.name))
+            columns.append(_column(plan, group, arm, pictures_folder(out, named.name)))
     prompts = list(dict.fromkeys(prompt for column in columns for prompt in column))
     rows = [(prompt, _row([column.get(prompt) for column in columns])) for prompt in prompts]
     if rows:

@@ -32,9 +32,10 @@ from mctd_diffusers.evaluation.scheduler_effects.comparison import (
     Comparison,
     Condition,
     arm_of,
+    cells_folder,
     reference_among,
 )
-from mctd_diffusers.evaluation.scheduler_effects.cost import cells_folder, estimate
+from mctd_diffusers.evaluation.scheduler_effects.cost import estimate
 from mctd_diffusers.evaluation.scheduler_effects.effects import (
     SchedulerResults,
     default_arm,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from mctd_diffusers.denoising.scheduler_names import NamedScheduler
@@ -17,6 +18,7 @@ from mctd_diffusers.evaluation.benchmark.plan import (
     BenchBudget,
     BenchPlan,
     Method,
+    folder_name,
 )
 from mctd_diffusers.search.environment import Action
 from mctd_diffusers.search.strategies import BestOfN
@@ -180,6 +182,16 @@ class Comparison:
         """Where the noise of a scheduler's edges comes from."""
         stepper = stepper_of(named, self.bench.num_steps)
         return Noise(stepper.randomness(Action(1)), stepper.randomness(Action(1, BRANCH_ETA)))
+
+
+def cells_folder(output: Path, scheduler: str) -> Path:
+    """Where the cells of a scheduler lie in the folder of a comparison."""
+    return output / "cells" / folder_name(scheduler)
+
+
+def pictures_folder(output: Path, scheduler: str) -> Path:
+    """Where pictures by a scheduler lie in the folder of a comparison."""
+    return output / "pictures" / folder_name(scheduler)
 
 
 def check_budgets(budgets: Sequence[BenchBudget]) -> None:

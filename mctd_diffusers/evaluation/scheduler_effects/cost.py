@@ -10,9 +10,13 @@ import torch
 
 from mctd_diffusers.evaluation.benchmark.cells import cell_path
 from mctd_diffusers.evaluation.benchmark.pipeline_suite import check_reward, image_seed
-from mctd_diffusers.evaluation.benchmark.plan import Task, folder_name
+from mctd_diffusers.evaluation.benchmark.plan import Task
 from mctd_diffusers.evaluation.scheduler_effects.branching import BranchingPlan, read_branching
-from mctd_diffusers.evaluation.scheduler_effects.comparison import Comparison, stepper_of
+from mctd_diffusers.evaluation.scheduler_effects.comparison import (
+    Comparison,
+    cells_folder,
+    stepper_of,
+)
 from mctd_diffusers.evaluation.scheduler_effects.suite import open_world
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.search.strategies import BestOfN
@@ -50,11 +54,6 @@ class Estimate(NamedTuple):
         """All of it."""
         works = [*self.schedulers.values(), self.branching]
         return Work(sum(work.nfe for work in works), sum(work.seconds for work in works))
-
-
-def cells_folder(output: Path, scheduler: str) -> Path:
-    """Where the cells of a scheduler lie."""
-    return output / "cells" / folder_name(scheduler)
 
 
 @torch.no_grad()
