@@ -275,7 +275,7 @@ class Prepared:
     network: Network
     decoder: Decoder
     preview: Decoder | None
-    first_latents: Float[Tensor, "images channels height width"]
+    first_latents: Float[Tensor, "images *sample"]
     features: FeatureTap
 
 

@@ -91,13 +91,13 @@ class Sample(NamedTuple):
         image: the picture.
         reward: its score.
         node: its row in the tree.
-        latents: ``[channels, height, width]`` finished latents, on the host.
+        latents: finished latents, without a batch axis, on the host.
     """
 
     image: Image.Image
     reward: float
     node: int
-    latents: Float[Tensor, "channels height width"]
+    latents: Float[Tensor, "*sample"]
 
 
 def moves_to(tree: Tree, node: int) -> list[dict[str, Any]]:
@@ -147,7 +147,7 @@ class ImageSearch:
         spent: useful work for this image, the plain sample included.
         scheduler: name of the scheduler's class that was stepped.
         settings: the part of a recipe that all samples of this image share.
-        latents: ``[finished, channels, height, width]`` of ``result.finished``, on the host.
+        latents: ``[finished, *sample]`` of ``result.finished``, on the host.
         decode: latents to pictures, as the pipeline decodes.
     """
 
@@ -157,7 +157,7 @@ class ImageSearch:
     spent: Counts
     scheduler: str
     settings: dict[str, Any] = field(repr=False)
-    latents: Float[Tensor, "finished channels height width"] = field(repr=False)
+    latents: Float[Tensor, "finished *sample"] = field(repr=False)
     decode: Callable[[Tensor], list[Image.Image]] = field(repr=False)
 
     @property
@@ -398,7 +398,7 @@ class ReplayOutput(BaseOutput):
 
     Attributes:
         images: the picture of the recipe, as a list of one.
-        latents: ``[channels, height, width]`` finished latents, on the host.
+        latents: finished latents, without a batch axis, on the host.
         reward: its score, where the pipeline has a reward.
         nfe: denoiser evaluations that it took.
         previews: pictures of the denoised estimate along the path, one a network call, where
@@ -407,7 +407,7 @@ class ReplayOutput(BaseOutput):
     """
 
     images: list[Image.Image]
-    latents: Float[Tensor, "channels height width"] | None = None
+    latents: Float[Tensor, "*sample"] | None = None
     reward: float | None = None
     nfe: int = 0
     previews: list[Image.Image] | None = None

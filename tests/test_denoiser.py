@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mctd_diffusers.denoising.denoiser import Denoiser, FeatureTap, chunks
 from mctd_diffusers.denoising.protocols import Outputs
@@ -16,6 +17,7 @@ from mctd_diffusers.denoising.solver_memory import SolverState
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.environment import Counts, Ledger
+from tests.pipelines import tiny_flux
 from tests.schedulers import make_scheduler, noise
 from tests.tiny_models import GuidedUNet, PlainUNet
 
@@ -175,3 +177,34 @@ def test_a_unet_without_a_middle_is_read_without_it(unet: Any) -> None:
             assert list(tap.take()) == ["down.0", "down.1"]
     finally:
         unet.mid_block = mid_block
+
+
+@torch.no_grad()
+def test_a_transformer_is_read_by_the_numbers_of_its_blocks() -> None:
+    transformer = tiny_flux.make_components()["transformer"]
+    image, text = noise(2, 16, 16), noise(2, 5, 64)
+    seen: list[Tensor] = []
+    last = transformer.single_transformer_blocks[0]
+    hook = last.register_forward_hook(lambda block, inputs, output: seen.append(output[1]))
+    with FeatureTap(transformer, names=["block.1"]) as tap:
+        transformer(
+            image,
+            encoder_hidden_states=text,
+            pooled_projections=noise(2, 32),
+            timestep=torch.tensor([0.5, 0.7]),
+            img_ids=torch.zeros(16, 3),
+            txt_ids=torch.zeros(5, 3),
+            guidance=torch.ones(2),
+        )
+        features = tap.take()
+    hook.remove()
+    assert list(features) == ["block.1"]
+    torch.testing.assert_close(features["block.1"][:, :32], seen[0].mean(1))
+    torch.testing.assert_close(features["block.1"][:, 32:], seen[0].std(1, correction=0))
+
+
+def test_a_tap_on_a_block_that_is_not_there_is_refused(unet: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"no blocks block\.0: name some of down\.0, down\.1, mid"
+    ):
+        FeatureTap(unet, names=["block.0", "mid"])

@@ -8,7 +8,7 @@ then a sample's result depends neither on the wave it rode in nor on the other i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -89,30 +89,46 @@ class Evaluation(NamedTuple):
 
 
 class FeatureTap:
-    """Reads a UNet's mid and down blocks, pooled over space, while it runs.
+    """Reads blocks of a denoiser, pooled over space, while it runs.
 
     Of every channel the mean and the standard deviation over space, in this order. A context
     manager: the hooks stand while it is open, and are gone however it closes. Pooling happens
     inside the hooks, so the maps themselves are never kept.
 
     Args:
-        unet: has ``down_blocks`` and ``mid_block`` (which may be ``None``), as diffusers' UNets.
+        network: a denoiser of diffusers, see `tappable_blocks`.
         rows_per_latent: rows of one latent in a call. With 2 (guidance) the batch is the
             unconditional half, then the conditional one, as stock pipelines build it, and only the
-            conditional half is read: what the picture is meant to become.
+            conditional half is read: what the picture is meant to become. Of a network that is
+            called for each half, the last call is read.
+        names: blocks to read; ``None`` reads all.
+
+    Raises:
+        ConfigError: a name is that of no block.
     """
 
-    def __init__(self, unet: nn.Module, *, rows_per_latent: int = 1) -> None:
-        self._unet: Any = unet
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        rows_per_latent: int = 1,
+        names: Collection[str] | None = None,
+    ) -> None:
+        blocks = tappable_blocks(network)
+        if unknown := sorted(set(names or ()) - set(blocks)):
+            raise ConfigError(
+                f"{type(network).__name__} has no blocks {', '.join(unknown)}: name some of "
+                f"{', '.join(blocks)}"
+            )
+        self._blocks = {
+            name: block for name, block in blocks.items() if names is None or name in names
+        }
         self._rows_per_latent = rows_per_latent
         self._hooks: list[Any] = []
         self._features: dict[str, Tensor] = {}
 
     def __enter__(self) -> FeatureTap:
-        blocks = {f"down.{i}": block for i, block in enumerate(self._unet.down_blocks)}
-        if self._unet.mid_block is not None:
-            blocks["mid"] = self._unet.mid_block
-        for name, block in blocks.items():
+        for name, block in self._blocks.items():
             self._hooks.append(block.register_forward_hook(self._reader(name)))
         return self
 
@@ -134,16 +150,36 @@ class FeatureTap:
 
     def _reader(self, name: str) -> Any:
         def read(block: nn.Module, inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
+            # UNets: (hidden, residuals); transformers: (hidden of the text, hidden).
+            parts = output if isinstance(output, tuple) else (output,)
+            hidden = [part for part in parts if isinstance(part, Tensor)][-1]
             conditional = hidden.chunk(self._rows_per_latent)[-1]
             self._features[name] = pooled(conditional.detach().float())
 
         return read
 
 
-def pooled(maps: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch features"]:
-    """Mean of every channel over space, then the standard deviation of every channel."""
-    flat = maps.flatten(2)
+def tappable_blocks(network: Any) -> dict[str, nn.Module]:
+    """The blocks of a denoiser whose features can be read, by name, from its input on.
+
+    Of a UNet ``down.0``, ``down.1``, ... and ``mid`` (where it has a middle); of a transformer
+    ``block.0``, ``block.1``, ..., those of two streams before those of one.
+    """
+    if hasattr(network, "down_blocks"):
+        blocks = {f"down.{i}": block for i, block in enumerate(network.down_blocks)}
+        return blocks if network.mid_block is None else blocks | {"mid": network.mid_block}
+    stacks = ("transformer_blocks", "single_transformer_blocks", "layers")
+    chain = [block for name in stacks for block in getattr(network, name, ())]
+    return {f"block.{i}": block for i, block in enumerate(chain)}
+
+
+def pooled(maps: Float[Tensor, "batch *axes"]) -> Float[Tensor, "batch features"]:
+    """Mean of every channel over space, then the standard deviation of every channel.
+
+    Args:
+        maps: ``[batch, channels, *space]``, or tokens, ``[batch, tokens, channels]``.
+    """
+    flat = maps.mT if maps.ndim == 3 else maps.flatten(2)
     return torch.cat([flat.mean(-1), flat.std(-1, correction=0)], dim=1)
 
 

@@ -440,7 +440,7 @@ class LatentEnvironment:
     def features(self, handles: Handles) -> dict[str, Float[Tensor, "batch _"]]:
         """What the network's blocks and its estimate say of evaluated samples, pooled over space.
 
-        Of each block that is read (``"down.0"``, ..., ``"mid"``) the means and deviations of its
+        Of each block that is read (see `tappable_blocks`) the means and deviations of its
         channels; and, ``"estimate"``, those of the guided denoised estimate, followed by the
         deviations of what guidance scales, the conditional less the unconditional output (0 without
         guidance).
@@ -459,7 +459,7 @@ class LatentEnvironment:
             torch.zeros_like(conditional) if unconditional is None else conditional - unconditional
             for conditional, unconditional in outputs
         ]
-        scaled = self._samples.gather(differences).float().flatten(2).std(-1, correction=0)
+        scaled = pooled(self._samples.gather(differences).float()).chunk(2, dim=1)[1]
         estimate = pooled(self._denoised_of(samples).float())
         features["estimate"] = torch.cat([estimate, scaled], dim=1)
         return features

@@ -101,7 +101,7 @@ class Sample:
         step_index: position in the schedule; at its end the sample is finished.
         origin: how to make it; ``None`` once made.
         noise: what its last edge injected; ``None`` for an initial noise, which is all noise.
-        latents: ``[channels, height, width]``, unscaled; ``None`` while lazy.
+        latents: one row of the pipeline's latents, unscaled; ``None`` while lazy.
         state: what the solver remembers; ``None`` while lazy, and of no use once finished.
         outputs: the network's answers, one row each; ``None`` until evaluated.
         features: of the network's blocks, one row each, where they are read.

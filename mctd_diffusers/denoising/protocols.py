@@ -50,12 +50,12 @@ class Outputs(NamedTuple):
     """The network's answer for a batch of latents, with guidance kept apart.
 
     Attributes:
-        conditional: ``[batch, channels, height, width]`` output under the prompt.
+        conditional: ``[batch, *sample]`` output under the prompt.
         unconditional: the same without the prompt, or ``None`` where no guidance is used.
     """
 
-    conditional: Float[Tensor, "batch channels height width"]
-    unconditional: Float[Tensor, "batch channels height width"] | None
+    conditional: Float[Tensor, "batch *sample"]
+    unconditional: Float[Tensor, "batch *sample"] | None
 
 
 @runtime_checkable
@@ -69,7 +69,7 @@ class Network(Protocol):
 
     def __call__(
         self,
-        latents: Float[Tensor, "batch channels height width"],
+        latents: Float[Tensor, "batch *sample"],
         timesteps: Float[Tensor, " batch"] | Tensor,
         problems: Sequence[int],
     ) -> Outputs:
@@ -78,7 +78,7 @@ class Network(Protocol):
 
     def combine(
         self, outputs: Outputs, guidance: float | None = None
-    ) -> Float[Tensor, "batch channels height width"]:
+    ) -> Float[Tensor, "batch *sample"]:
         """Guided output, by the arithmetic of the stock pipeline.
 
         Args:
@@ -93,7 +93,7 @@ class Decoder(Protocol):
     """Latents to images."""
 
     def __call__(
-        self, latents: Float[Tensor, "batch channels height width"]
+        self, latents: Float[Tensor, "batch *sample"]
     ) -> Float[Tensor, "batch 3 rows columns"]:
         """Images in [0, 1], as the stock pipeline would hand them to its image processor."""
         ...

@@ -148,13 +148,13 @@ class _Case:
         result: of its search.
         world: of the call, with nothing made in it yet.
         problem: number of the image there.
-        latents: ``[finished, channels, height, width]`` of ``result.finished``.
+        latents: ``[finished, *sample]`` of ``result.finished``.
     """
 
     result: SearchResult
     world: World
     problem: int
-    latents: Float[Tensor, "finished channels height width"]
+    latents: Float[Tensor, "finished *sample"]
 
 
 def _diagnosed(
