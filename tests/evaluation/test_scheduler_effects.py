@@ -197,7 +197,7 @@ def test_it_is_said_where_noise_comes_from() -> None:
 # --- what is drawn ---
 
 
-def test_the_model_s_own_scheduler_draws_what_a_bench_draws(pipe: Any) -> None:
+def test_ddim_draws_what_a_bench_draws(pipe: Any) -> None:
     comparison = compared("DDIM")
     plan = comparison.plan_of(comparison.named("DDIM"))
     suite, bench = (
