@@ -241,9 +241,8 @@ def _schedulers(comparison: Comparison) -> list[str]:
         "calls a step", "longest stride",
     ]  # fmt: skip
     note = (
-        "*own* noise is drawn by the scheduler's own step, *injected* noise is added by stepping "
-        "below the target's noise level first; with *none*, samples differ by their initial noise "
-        "alone."
+        "*own* noise is drawn by the scheduler's own step, *injected* noise is added to one that "
+        "draws none; with *none*, samples differ by their initial noise alone."
     )
     return [*aligned(heads, rows), "", note]
 
