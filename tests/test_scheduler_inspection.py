@@ -107,6 +107,14 @@ class Levelless(OwnFlow):
         return (sample - model_output / (self.num_inference_steps or 1),)
 
 
+class Counting(diffusers.DDIMScheduler):  # type: ignore[misc]
+    """Counts in an attribute that nothing sets before its first step."""
+
+    def step(self, *args: Any, **settings: Any) -> Any:
+        self.count = getattr(self, "count", 0) + 1
+        return super().step(*args, **settings)
+
+
 class StepMissing(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def set_timesteps(self, num_inference_steps: int) -> None:
         self.timesteps = torch.arange(num_inference_steps)
@@ -168,6 +176,7 @@ def test_what_a_subclass_adds_to_memory_is_found() -> None:
         (StepMissing, "has no step"),
         (OtherArguments, "takes sample, model_output, timestep"),
         (Levelless, "neither `sigmas`"),
+        (lambda: Counting(**COMMON), "past that is put back: it fails: TypeError"),
         (Secretive, "stride 1: differs from its own loop"),
         (lambda: OwnFlow(num_train_timesteps="many"), "its own loop fails"),
     ],

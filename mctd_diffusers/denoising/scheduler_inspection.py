@@ -7,6 +7,7 @@ land. A property counts only if it was seen to hold.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
@@ -74,10 +75,9 @@ def inspect_scheduler(scheduler: Any, parent: SchedulerTraits | None = None) -> 
         parent: traits of a class that it descends from, to be tried in place of guesses.
     """
     trial = _Trial(scheduler, parent)
-    try:
+    traits = None
+    with contextlib.suppress(_LacksError):
         traits = trial.run()
-    except _LacksError:
-        traits = None
     return Inspection(type(scheduler).__name__, traits, tuple(trial.findings))
 
 
@@ -98,10 +98,15 @@ class _Trial:
         self._keeps_the_protocol()
         traits = self._parent or self._guess()
         self._predicts_what_is_known(traits)
-        traits = self._remembers(traits)
-        self._equals_its_own_loop(traits)
-        self._branches(traits)
-        longest = None if self._strides(traits) else 1
+        try:
+            traits = self._remembers(traits)
+            self._equals_its_own_loop(traits)
+            self._branches(traits)
+            longest = None if self._strides(traits) else 1
+        except _LacksError:
+            raise
+        except Exception as error:  # of a step that was shown another past than its own
+            self._fail("steps from a past that is put back", f"it fails: {error!r}")
         return replace(
             traits,
             longest_stride=lambda scheduler: longest,
