@@ -310,7 +310,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         draws=always,
         noise_in_single=True,
         settings={"prediction_type": ("trigflow",)},
-        note=_NOISES_AGAIN,
+        note=f"{_NOISES_AGAIN}; hands back single precision",
     ),
     "TCDScheduler": SchedulerTraits(
         "alphas",
