@@ -16,8 +16,7 @@ from mctd_diffusers.denoising.schedulers import TRAITS, check_scheduler
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import UnsupportedSchedulerError
 from mctd_diffusers.search.environment import Action
-from tests.schedulers import COMMON, noise, stock_loop
-from tests.test_stepper import walk
+from tests.schedulers import COMMON, noise, stock_loop, walk
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -110,9 +109,11 @@ class Levelless(OwnFlow):
 class Counting(diffusers.DDIMScheduler):  # type: ignore[misc]
     """Counts in an attribute that nothing sets before its first step."""
 
-    def step(self, *args: Any, **settings: Any) -> Any:
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+    ) -> Any:
         self.count = getattr(self, "count", 0) + 1
-        return super().step(*args, **settings)
+        return super().step(model_output, timestep, sample, return_dict=return_dict)
 
 
 class StepMissing(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
