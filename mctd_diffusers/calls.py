@@ -45,11 +45,63 @@ DEFAULT_COMPUTE = 8
 STRATEGY_OPTIONS = ("strides", "stride_policy", "wave_size")
 """Arguments of a call that set the setting of that name in the strategy."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+NUMBERS = ("guidance_scale", "true_cfg_scale", "guidance_rescale", "eta")
+"""Stock arguments that are a finite number, where a family has them."""
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """Our arguments of a call; see ``__call__`` of a family for what they mean."""
+    """Our arguments of a call.
+
+    Args:
+        search (`str` or `Strategy`, *optional*, defaults to `"mctd"`):
+            Name of a search, or a strategy object with its settings. `None` is the stock pipeline,
+            bit for bit.
+        compute (`float`, *optional*, defaults to 8 where no other budget is named):
+            Budget for each image, in plain samples: so many times `num_inference_steps` NFE, or
+            twice that where the scheduler takes two network calls a step. One NFE is one evaluated
+            latent, with guidance two rows through the network.
+        nfe_budget (`int`, *optional*):
+            The same budget in NFE.
+        cost_budget (`float`, *optional*):
+            Budget for each image in row-equivalents, decodes and reward calls included, by prices
+            that are measured before the search.
+        time_budget_s (`float`, *optional*):
+            Budget for the whole call, in seconds; every image still finishes one sample.
+        reward_model (*optional*, defaults to `self.reward_model`):
+            Reward of this call: a callable `(images, prompts) -> floats`, a short name, or the
+            folder or repository of a `CLIPModel`.
+        reward_prompt (`str` or `list[str]`, *optional*, defaults to `prompt`):
+            What the reward reads in place of the prompt.
+        strides (`Sequence[int]`, *optional*, defaults to those of the strategy):
+            Schedule steps that an edge of the tree may cross; the candidates hold 1.
+        stride_policy (`str`, *optional*, defaults to that of the strategy):
+            What chooses the strides: the plan of a rollout (`"budget"`), a rule (`"uniform"`,
+            `"fixed:4"`, `"random"`, `"ays"`, `"gits"`, `"x0hat"`), or the pipeline's information
+            gain evaluator (`"ige"`, or `"ige:truncation_error"` and others).
+        search_scheduler ([`SchedulerMixin`], *optional*, defaults to the pipeline's own):
+            Scheduler of the search. Without it a pipeline's scheduler that cannot be branched is
+            replaced by DDIM made from its config, with a warning.
+        wave_size (`int`, *optional*, defaults to that of the strategy):
+            Nodes chosen on one snapshot of the tree and evaluated together.
+        rows_per_call (`int`, *optional*, defaults to what fits the device and the size):
+            Latents in every call of the network, the decoders and the reward; shorter batches are
+            padded, because pictures are bit-equal at equal numbers only.
+        include_plain (`bool`, *optional*, defaults to `False`):
+            Whether to score the plain sample too, out of the same budget; the answer is then never
+            worse than it, by the searched reward.
+        save_to (`str` or `os.PathLike`, *optional*):
+            Folder to save the search into while it runs, at its end and at Ctrl-C;
+            [`~MCTDPipeline.resume`] goes on from there. Models and rewards are not saved.
+        save_every_s (`float`, *optional*, defaults to 60):
+            Seconds between two saves, at least; saving takes a tenth of the time at most. 0 saves
+            after every wave.
+        online_ige (`bool`, *optional*, defaults to `False`):
+            Whether the pipeline's information gain evaluator learns from what this search observes,
+            once it has ended: this search asks it as it was, later ones as it is then. What is
+            predicted worse after an update than before, of images that are never learned from,
+            undoes it. `save_pretrained` and `push_to_hub` write it as it is.
+    """
 
     search: str | Strategy | None = "mctd"
     compute: float | None = None
@@ -97,7 +149,7 @@ def with_head_or_without(strategy: Strategy, has_head: bool) -> Strategy:
     warnings.warn(
         f"stride_policy={strategy.stride_policy!r} needs an information gain evaluator, and this "
         f"pipeline has none, so the search takes its strides by {rule!r}: load one with ige=...",
-        stacklevel=5,
+        stacklevel=7,
     )
     without: Strategy = replace(cast(Any, strategy), stride_policy=rule)
     return without
@@ -196,11 +248,11 @@ def check_stock(stock: dict[str, Any]) -> None:
         stock["num_images_per_prompt"] = 1
     for name in ("num_inference_steps", "num_images_per_prompt", "height", "width"):
         if not stock[name] and name in ("height", "width"):
-            continue  # the stock call fills them in
+            continue  # the family fills them in, as the stock call does
         if not _is_count(stock[name]):
             raise ConfigError(f"{name}={stock[name]!r}: give a whole number of at least 1")
         stock[name] = int(stock[name])
-    for name in ("guidance_scale", "guidance_rescale", "eta"):
+    for name in [number for number in NUMBERS if number in stock]:
         if not _is_finite(stock[name]):
             raise ConfigError(f"{name}={stock[name]!r}: give a finite number")
         stock[name] = float(stock[name])
@@ -210,14 +262,14 @@ def check_stock(stock: dict[str, Any]) -> None:
             raise ConfigError(f"generator={generator!r}: give a torch.Generator, or a list of them")
     if latents is not None and not isinstance(latents, Tensor):
         raise ConfigError(f"latents are a {type(latents).__name__}: give a tensor")
-    if stock["timesteps"] is not None and stock["sigmas"] is not None:
+    if stock.get("timesteps") is not None and stock.get("sigmas") is not None:
         raise ConfigError("timesteps and sigmas both set the schedule: give one of them")
     if stock["output_type"] not in OUTPUT_TYPES:
         raise ConfigError(
             f"output_type={stock['output_type']!r}: choose one of "
             f"{', '.join(map(repr, OUTPUT_TYPES))}"
         )
-    prompt, negative = stock["prompt"], stock["negative_prompt"]
+    prompt, negative = stock["prompt"], stock.get("negative_prompt")
     if isinstance(prompt, list) and (not prompt or not all(isinstance(p, str) for p in prompt)):
         raise ConfigError(f"prompt={prompt!r}: give a string, or a list of at least one string")
     if negative is not None and prompt is not None:
@@ -231,6 +283,24 @@ def check_stock(stock: dict[str, Any]) -> None:
                 f"there are {len(prompt)} prompts and {len(negative)} negative prompts: give one "
                 "for each"
             )
+
+
+def check_latents(stock: dict[str, Any], shape: Sequence[int]) -> None:
+    """Refuse first noise of another shape than the stock pipeline draws.
+
+    Args:
+        stock: the stock arguments, with their size filled in.
+        shape: of all images' latents.
+
+    Raises:
+        ConfigError: ``latents`` have another.
+    """
+    given = None if stock["latents"] is None else tuple(stock["latents"].shape)
+    if given not in (None, tuple(shape)):
+        raise ConfigError(
+            f"latents have shape {given}, expected {tuple(shape)} for "
+            f"{stock['height']}x{stock['width']} pixels: pass one row an image"
+        )
 
 
 def num_prompts(stock: dict[str, Any]) -> int:

@@ -42,6 +42,7 @@ from mctd_diffusers.calls import (
     World,
     as_config_errors,
     call_budgets,
+    check_latents,
     check_longest_stride,
     check_options,
     check_save_every,
@@ -141,7 +142,8 @@ def family_class(stock_class_name: object) -> type[MCTDPipeline]:
     if not isinstance(stock_class_name, str) or stock_class_name not in FAMILIES:
         raise ConfigError(
             f"no family searches pipelines of class {stock_class_name!r}; supported are "
-            f"{', '.join(sorted(FAMILIES))}: load a model of one of these"
+            f"{', '.join(sorted(FAMILIES))}: load a model of one of these, or add a family, which "
+            "docs/extending.md shows in under 100 lines"
         )
     module, name = FAMILIES[stock_class_name].split(":")
     family: type[MCTDPipeline] = getattr(importlib.import_module(module), name)
@@ -152,14 +154,16 @@ class MCTDPipeline(DiffusionPipeline):
     r"""Base of the pipelines that search over denoising.
 
     Use [`~MCTDPipeline.from_pretrained`] or [`~MCTDPipeline.from_pipe`]: they return the family
-    that fits the model, a subclass of both this class and the stock pipeline.
+    that fits the model, a subclass of both this class and the stock pipeline. It takes the
+    components of the stock pipeline, and by name:
 
-    Attributes:
-        reward_model (`RewardFn`, *optional*):
-            What a search maximises: a callable `(images, prompts) -> floats`. A [`ClipReward`] is
-            saved with the pipeline; other callables are not.
+    Args:
         preview_vae ([`AutoencoderTiny`], *optional*):
             Decodes unfinished samples cheaply; without it they are decoded in full.
+        reward_model (*optional*):
+            What a search maximises: a callable `(images, prompts) -> floats`, a short name, or the
+            folder or repository of a `CLIPModel`. A [`ClipReward`] is saved with the pipeline;
+            other callables are not.
         ige ([`InformationGainEvaluator`], *optional*):
             Predicts what strides tell and cost, for searches that choose them by it.
     """
@@ -176,7 +180,7 @@ class MCTDPipeline(DiffusionPipeline):
         reward_model: Any,
         ige: InformationGainEvaluator | None,
     ) -> None:
-        """Register what the base adds to the stock pipeline; families call it in ``__init__``."""
+        """Register what the base adds to the stock pipeline; the end of a family's ``__init__``."""
         if ige is not None:
             self._check_ige(ige)
         self.register_modules(preview_vae=preview_vae, ige=ige)
@@ -515,6 +519,13 @@ class MCTDPipeline(DiffusionPipeline):
 
     # Searching
 
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        """The body of every family's ``__call__``."""
+        stock, options = self._bound(args, kwargs)
+        if options.search is None:
+            return self._plain_call(stock, options)
+        return self._search_call(stock, options)
+
     def _plain_call(self, stock: dict[str, Any], options: SearchOptions) -> Any:
         """The stock pipeline, with its output in our form."""
         named = [
@@ -531,7 +542,8 @@ class MCTDPipeline(DiffusionPipeline):
         output = self.stock_class.__call__(self, **{**stock, "return_dict": True})
         nsfw = getattr(output, "nsfw_content_detected", None)
         if not stock["return_dict"]:
-            return (output.images, nsfw)
+            has_checker = hasattr(output, "nsfw_content_detected")
+            return (output.images, nsfw) if has_checker else (output.images,)
         nfe = None if self.interrupt else [self.num_timesteps] * len(output.images)
         return MCTDPipelineOutput(images=output.images, nfe=nfe, nsfw_content_detected=nsfw)
 
@@ -682,7 +694,9 @@ class MCTDPipeline(DiffusionPipeline):
                 another.
         """
         saved = load_search(folder, strategy=search)
-        stock, options = saved_arguments(saved, self.stock_class.__name__, arguments)
+        stock, options = saved_arguments(
+            saved, self.stock_class.__name__, self._stock_names(), arguments
+        )
         self._check_online(options)
         reward = self._reward_of(reward_model)
         self._check_call(stock)
@@ -690,7 +704,7 @@ class MCTDPipeline(DiffusionPipeline):
         scheduler = recipe_scheduler(settings)
         with self._stepping(scheduler), as_config_errors():
             self._set_timesteps(stock)
-            stepper = Stepper(scheduler, eta=stock["eta"])
+            stepper = Stepper(scheduler, eta=stock.get("eta", 0.0))
             prepared = self._prepare(stock, settings["prompts_per_call"])
         world = World(
             prepared=prepared,
@@ -728,7 +742,7 @@ class MCTDPipeline(DiffusionPipeline):
         prompts_per_call = max(1, rows_per_call // stock["num_images_per_prompt"])
         with self._stepping(scheduler), as_config_errors():
             self._set_timesteps(stock)
-            stepper = Stepper(scheduler, eta=stock["eta"])
+            stepper = Stepper(scheduler, eta=stock.get("eta", 0.0))
             check_longest_stride(strategy, stepper, scheduler)
             prepared = self._prepare(stock, prompts_per_call)
         settings = recipe_settings(
@@ -961,7 +975,7 @@ class MCTDPipeline(DiffusionPipeline):
                 f"{type(self.scheduler).__name__} cannot be branched, so the search steps a "
                 f"DDIMScheduler made from its config ({str(error).splitlines()[0]}); name one with "
                 "search_scheduler=... to choose it yourself",
-                stacklevel=5,
+                stacklevel=7,
             )
             return scheduler
         return copy.deepcopy(self.scheduler)
@@ -976,22 +990,61 @@ class MCTDPipeline(DiffusionPipeline):
         finally:
             self.__dict__["scheduler"] = own
 
-    def _check_names(self, unknown: Iterable[str]) -> None:
+    def _bound(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], SearchOptions]:
+        """The stock arguments of a call, defaults filled in, and ours.
+
+        Raises:
+            ConfigError: the call knows no argument of that name.
+        """
+        signature = inspect.signature(type(self).__call__)
+        self._check_names(kwargs, list(signature.parameters))
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        stock = {name: given for name, given in bound.arguments.items() if name != "self"}
+        ours = {field.name: stock.pop(field.name) for field in fields(SearchOptions)}
+        return stock | stock.pop("kwargs", {}), SearchOptions(**ours)
+
+    def _check_names(self, given: Iterable[str], known: Sequence[str]) -> None:
         """Refuse arguments that the call does not know; stock pipelines drop them silently."""
-        known = inspect.signature(type(self).__call__).parameters
-        for name in set(unknown) - {"callback", "callback_steps"}:
-            near = difflib.get_close_matches(name, list(known), 1)
+        deprecated = ("callback", "callback_steps") if "kwargs" in known else ()
+        for name in set(given) - set(known) - set(deprecated):
+            near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else "leave it out"
             raise ConfigError(f"{name!r} is no argument of {type(self).__name__}: {hint}")
 
-    # What a family says of its stock pipeline
+    def _stock_names(self) -> list[str]:
+        """Names of the arguments of the stock call."""
+        ours = {"self", "kwargs", *(option.name for option in fields(SearchOptions))}
+        return [
+            name for name in inspect.signature(type(self).__call__).parameters if name not in ours
+        ]
 
     def _check_call(self, stock: dict[str, Any]) -> None:
-        """Fill in the size, and refuse stock arguments that cannot work."""
+        """Fill in what a call leaves open, and refuse by the stock code what cannot work."""
+        self._fill_in(stock)
+        for name, given in stock.items():
+            if isinstance(getattr(type(self), name, None), property):
+                setattr(self, f"_{name}", given)  # as the stock call does
+        self._interrupt = False
+        with as_config_errors():
+            self._check_inputs(stock)
+        check_latents(stock, self._latent_shape(stock))
+
+    def _check_inputs(self, stock: dict[str, Any]) -> None:
+        """Check by the stock ``check_inputs``; what it is not given it looks for nowhere."""
+        names = inspect.signature(self.check_inputs).parameters
+        self.check_inputs(**{name: stock.get(name) for name in names})
+
+    # What a family says of its stock pipeline
+
+    def _fill_in(self, stock: dict[str, Any]) -> None:
+        """Fill in the size, and what else the stock call fills in before it checks anything."""
         raise NotImplementedError
 
-    def _default_rows_per_call(self, stock: dict[str, Any]) -> int:
-        """Latents in a call, by device and size."""
+    def _latent_shape(self, stock: dict[str, Any]) -> tuple[int, ...]:
+        """Shape of all images' latents, as the stock ``prepare_latents`` draws them."""
         raise NotImplementedError
 
     def _set_timesteps(self, stock: dict[str, Any]) -> None:
@@ -1007,13 +1060,26 @@ class MCTDPipeline(DiffusionPipeline):
         """
         raise NotImplementedError
 
+    # What a family may say of it
+
+    def _default_rows_per_call(self, stock: dict[str, Any]) -> int:
+        """Latents in a call: 8 of up to 4096 numbers on a CPU, else 1; elsewhere 8 times that."""
+        rows = 8 if math.prod(self._latent_shape(stock)[1:]) <= 4096 else 1
+        return rows if self._execution_device.type == "cpu" else 8 * rows
+
     def _check_safety(self, images: Tensor) -> tuple[Tensor, list[bool] | None]:
-        """Blacken what the safety checker finds in images in [0, 1], and say where."""
-        raise NotImplementedError
+        """Do to images in [0, 1] what the stock pipeline does last: the safety checker's verdict.
+
+        ``None`` where no checker looked.
+        """
+        return images, None
 
     def _feature_channels(self) -> dict[str, int]:
-        """What `LatentEnvironment.features` will give: names, and numbers of features of each."""
-        raise NotImplementedError
+        """What `LatentEnvironment.features` will give: names, and numbers of features of each.
+
+        Without any no information gain evaluator can be used.
+        """
+        return {}
 
     # Recipes and estimates
 
@@ -1102,7 +1168,7 @@ class MCTDPipeline(DiffusionPipeline):
         Raises:
             ConfigError: as for [`~MCTDPipeline.replay`].
         """
-        stock = recipe_stock(recipe, self.stock_class.__name__, arguments)
+        stock = recipe_stock(recipe, self.stock_class.__name__, self._stock_names(), arguments)
         first_draw = recipe["first_draw"]
         draws, position, seed = 1, 0, 0
         if latents is None and needs_noise:
@@ -1121,7 +1187,7 @@ class MCTDPipeline(DiffusionPipeline):
         scheduler = recipe_scheduler(recipe)
         with self._stepping(scheduler), as_config_errors():
             self._set_timesteps(stock)
-            stepper = Stepper(scheduler, eta=stock["eta"])
+            stepper = Stepper(scheduler, eta=stock.get("eta", 0.0))
             prepared = self._prepare(stock, recipe["prompts_per_call"], draws)
         first = prepared.first_latents[position : position + 1]
         root_seed = root_seed_of(bytes_of(first[0]))
@@ -1214,17 +1280,6 @@ class MCTDPipeline(DiffusionPipeline):
         stock, options = self._bound(args, kwargs)
         world, _ = self._set_up(stock, replace(options, search="best_of_n"))
         return replace(world, reads_features=reads_features)
-
-    def _bound(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], SearchOptions]:
-        """The stock arguments of a call, and ours."""
-        bound = inspect.signature(type(self).__call__).bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        stock = {name: given for name, given in bound.arguments.items() if name != "self"}
-        self._check_names(stock.pop("kwargs", {}))
-        ours = {field.name: stock.pop(field.name) for field in fields(SearchOptions)}
-        return stock, SearchOptions(**ours)
 
 
 def _retrace(environment: LatentEnvironment, moves: Sequence[dict[str, Any]]) -> list[Handles]:

@@ -42,26 +42,32 @@ RECIPE_VERSIONS = (1, 2)
 """Those that a replay reads; version 1 knew no guidance of single edges and no perturbation."""
 RECIPE_KEY = "mctd_recipe"
 """Name of the text chunk of a PNG file that holds the recipe."""
-RECIPE_ARGUMENTS = (
-    "height",
-    "width",
-    "num_inference_steps",
-    "timesteps",
-    "sigmas",
-    "guidance_scale",
-    "guidance_rescale",
-    "eta",
-    "clip_skip",
-    "cross_attention_kwargs",
+TEXT_ARGUMENTS = (
+    "prompt",
+    "prompt_2",
+    "prompt_3",
+    "negative_prompt",
+    "negative_prompt_2",
+    "negative_prompt_3",
 )
-"""Stock arguments that a recipe holds, beside the prompts."""
-UNHELD_ARGUMENTS = (
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "ip_adapter_image",
-    "ip_adapter_image_embeds",
+"""Stock arguments that are text, one for all images or one for each prompt."""
+CALL_ARGUMENTS = (
+    "callback",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+    "callback_steps",
+    "generator",
+    "latents",
+    "num_images_per_prompt",
+    "output_type",
+    "return_dict",
 )
-"""Stock arguments that no recipe can hold: a replay needs them again."""
+"""Stock arguments that are of the call, not of its pictures, or that a recipe says in other words.
+
+All others are held by a recipe if they are plain data; a replay needs the rest again.
+"""
+REQUIRED_ARGUMENTS = ("height", "width", "num_inference_steps")
+"""Stock arguments that every recipe holds."""
 
 RECIPE_ENTRIES = (
     "call",
@@ -540,18 +546,17 @@ def recipe_settings(
     prompts_per_call: int,
 ) -> list[dict[str, Any]]:
     """The part of a recipe that all samples of an image share, for each image of a call."""
-    call = {name: stock[name] for name in RECIPE_ARGUMENTS}
-    not_held = [name for name in UNHELD_ARGUMENTS if stock[name] is not None]
-    try:
-        json.dumps(call["cross_attention_kwargs"])
-    except TypeError:
-        call["cross_attention_kwargs"] = None
-        not_held.append("cross_attention_kwargs")
+    given = {
+        name: part
+        for name, part in stock.items()
+        if part is not None and name not in (*CALL_ARGUMENTS, *TEXT_ARGUMENTS)
+    }
+    not_held = [name for name, part in given.items() if not _is_plain(part)]
+    call = {name: part for name, part in given.items() if name not in not_held}
     config = json.loads(scheduler.to_json_string())
     shared = {
         "version": RECIPE_VERSION,
         "pipeline": pipeline,
-        "call": call,
         "not_held": not_held,
         "scheduler": {
             "class": type(scheduler).__name__,
@@ -566,20 +571,34 @@ def recipe_settings(
     }
     n = stock["num_images_per_prompt"]
 
-    def text(name: str, image: int) -> str | None:
-        given: str | list[str] | None = stock[name]
-        return given[image // n] if isinstance(given, list) else given
+    texts = {name: stock[name] for name in TEXT_ARGUMENTS if stock.get(name) is not None}
+
+    def of_image(image: int) -> dict[str, Any]:
+        each = {
+            name: text[image // n] if isinstance(text, list) else text
+            for name, text in texts.items()
+        }
+        first = {name: each.pop(name, None) for name in ("prompt", "negative_prompt")}
+        return first | {"call": call | each}
 
     return [
         shared
+        | of_image(image)
         | {
-            "prompt": text("prompt", image),
-            "negative_prompt": text("negative_prompt", image),
             "reward_prompt": reward_prompt,
             "first_draw": draw,
         }
         for image, (reward_prompt, draw) in enumerate(zip(reward_prompts, draws, strict=True))
     ]
+
+
+def _is_plain(given: Any) -> bool:
+    """Whether JSON can hold what a user gave."""
+    try:
+        json.dumps(given)
+    except TypeError:
+        return False
+    return True
 
 
 _MOVE_ENTRIES = {
@@ -625,7 +644,7 @@ def check_recipe(recipe: Any, pipeline: str) -> None:
     cure = "take it whole, from out.search[i].recipe or read_recipe"
     lacking = [name for name in RECIPE_ENTRIES if name not in recipe]
     lacking += [
-        name for name in RECIPE_ARGUMENTS if name not in recipe.get("call", RECIPE_ARGUMENTS)
+        name for name in REQUIRED_ARGUMENTS if name not in recipe.get("call", REQUIRED_ARGUMENTS)
     ]
     if lacking:
         raise ConfigError(f"the recipe lacks {', '.join(lacking)}: {cure}")
@@ -636,12 +655,15 @@ def check_recipe(recipe: Any, pipeline: str) -> None:
         )
 
 
-def recipe_stock(recipe: Recipe, pipeline: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def recipe_stock(
+    recipe: Recipe, pipeline: str, names: Sequence[str], arguments: dict[str, Any]
+) -> dict[str, Any]:
     """The stock arguments that a recipe stands for, without those that draw the first noise.
 
     Args:
         recipe: of one picture.
         pipeline: name of the stock class at hand.
+        names: of all its arguments; those that the recipe does not hold are ``None``.
         arguments: those that the recipe could not hold.
 
     Raises:
@@ -649,12 +671,11 @@ def recipe_stock(recipe: Recipe, pipeline: str, arguments: dict[str, Any]) -> di
             argument is missing, or is none that a replay takes.
     """
     check_recipe(recipe, pipeline)
-    takes = (*UNHELD_ARGUMENTS, "cross_attention_kwargs")
-    unknown = sorted(set(arguments) - set(takes))
+    unknown = sorted(set(arguments) - set(recipe["not_held"]))
     if unknown:
         raise ConfigError(
-            f"a replay takes no {', '.join(unknown)}, the recipe says it: what can be passed is "
-            f"{', '.join(takes)}"
+            f"a replay takes no {', '.join(unknown)}, the recipe says it: what it does not hold is "
+            f"{', '.join(recipe['not_held']) or 'nothing'}"
         )
     missing = [name for name in recipe["not_held"] if name not in arguments]
     if missing:
@@ -671,13 +692,9 @@ def recipe_stock(recipe: Recipe, pipeline: str, arguments: dict[str, Any]) -> di
                 then,
                 here,
             )
-    stock: dict[str, Any] = dict.fromkeys(UNHELD_ARGUMENTS) | recipe["call"] | arguments
-    has_embeds = stock["prompt_embeds"] is not None
-    return stock | {
-        "prompt": None if has_embeds else recipe["prompt"],
-        "negative_prompt": None if has_embeds else recipe["negative_prompt"],
-        "num_images_per_prompt": 1,
-    }
+    texts = {name: recipe[name] for name in ("prompt", "negative_prompt") if name in names}
+    stock: dict[str, Any] = dict.fromkeys(names)
+    return stock | texts | recipe["call"] | arguments | {"num_images_per_prompt": 1}
 
 
 def recipe_scheduler(recipe: Recipe) -> SchedulerMixin:

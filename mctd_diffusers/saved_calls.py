@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mctd_diffusers.calls import SearchCall, SearchOptions, World
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.results import UNHELD_ARGUMENTS
+from mctd_diffusers.results import TEXT_ARGUMENTS
 from mctd_diffusers.search.budget import StopReason
 from mctd_diffusers.search.environment import Handles, Prices
 from mctd_diffusers.search.log import SearchLog
@@ -28,7 +28,7 @@ from mctd_diffusers.search.saving import SavedSearch, has_saved_search, save_sea
 
 logger = logging.getLogger(__name__)
 
-_STOCK: Final = ("prompt", "negative_prompt", "num_images_per_prompt", "output_type", "return_dict")
+_STOCK: Final = (*TEXT_ARGUMENTS, "num_images_per_prompt", "output_type", "return_dict")
 _OPTIONS: Final = (
     *("compute", "nfe_budget", "cost_budget", "time_budget_s", "include_plain"),
     "online_ige",
@@ -71,7 +71,7 @@ class CallSaver:
         world = call.world
         self._settings = {
             "pipeline": world.settings[0]["pipeline"],
-            "stock": {name: call.stock[name] for name in _STOCK},
+            "stock": {name: call.stock[name] for name in _STOCK if name in call.stock},
             "options": {name: getattr(call.options, name) for name in _OPTIONS},
             "reward_prompts": world.prompts,
             "seconds": call.seconds,
@@ -156,13 +156,14 @@ def check_unsaved(folder: str | os.PathLike[str]) -> None:
 
 
 def saved_arguments(
-    saved: SavedSearch, pipeline: str, arguments: dict[str, Any]
+    saved: SavedSearch, pipeline: str, names: Sequence[str], arguments: dict[str, Any]
 ) -> tuple[dict[str, Any], SearchOptions]:
     """The arguments of a saved call, stock ones (without those that draw noise) and ours.
 
     Args:
         saved: the search.
         pipeline: name of the stock class at hand.
+        names: of all its arguments; those that the folder does not hold are ``None``.
         arguments: those that a folder cannot hold.
 
     Raises:
@@ -186,7 +187,8 @@ def saved_arguments(
         raise ConfigError(
             f"the folder cannot hold {', '.join(missing)}: pass what the call was given"
         )
-    stock = dict.fromkeys(UNHELD_ARGUMENTS) | held | call["stock"] | arguments
+    stock: dict[str, Any] = dict.fromkeys(names)
+    stock |= held | call["stock"] | arguments
     options = SearchOptions(search=saved.strategy, **call["options"])
     return stock | {"latents": None, "generator": torch.Generator()}, options
 
