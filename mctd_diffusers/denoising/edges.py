@@ -216,7 +216,11 @@ class Edges:
         """A step of DDIM, which takes the share of noise as an argument."""
         timestep, landing = int(view.timestep), self._landing(index, stride)
         land_at(view.scheduler, timestep, landing)
-        std = share * view.scheduler._get_variance(timestep, landing) ** 0.5
+        alphas, final = view.scheduler.alphas_cumprod, view.scheduler.final_alpha_cumprod
+        variance = view.scheduler._get_variance(timestep, landing)
+        if 1 - (alphas[landing] if landing >= 0 else final) - (share * variance**0.5) ** 2 < 0:
+            share *= 1 - 1e-6  # from a signal of zero nothing but noise is left, to rounding
+        std = share * variance**0.5
         return Edge(replace(view, arguments={"eta": share}), share > 0, std)
 
     def _split_edge(self, view: View, eta: float) -> Edge:
@@ -237,7 +241,8 @@ class Edges:
         alpha, sigma = self.levels.factors(index)
         alpha_next, sigma_next = self.levels.factors(index + stride)
         ratio = sigma_next * alpha / (alpha_next * sigma)
-        std = eta * sigma_next * (1 - ratio**2) ** 0.5
+        # Between equal levels the rest may be below 0, by rounding.
+        std = eta * sigma_next * torch.as_tensor(1 - ratio**2).clamp(min=0) ** 0.5
         renoising = Renoising((alpha, alpha_next), (sigma, sigma_next))
         return Edge(view, False, std, renoising=renoising)
 
@@ -348,7 +353,7 @@ def _ddpm_std(scheduler: Any, timestep: Tensor) -> float | Tensor:
         return 0.0
     variance: Tensor = scheduler._get_variance(timestep)
     if scheduler.variance_type == "fixed_small_log":  # is a deviation already
-        return variance if variance > 1e-10 else 0.0
+        return variance if variance > 2e-10 else 0.0
     return variance**0.5 if variance > 1e-20 else 0.0
 
 

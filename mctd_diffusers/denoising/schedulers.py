@@ -198,6 +198,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
         blank=_singlestep_memory,
         reads=lambda scheduler: None,
         draws=_is_sde,
+        adds_noise=False,  # how much it adds depends on what it remembers of a pair of steps
         drops_oldest=True,
         estimate="convert",
         restarts_empty=True,
