@@ -38,6 +38,7 @@ EXTRAS_REQUIRE = {
         "beartype>=0.20",
         "hypothesis>=6.100",
         "mypy==2.4.1",
+        "peft>=0.15",  # what diffusers loads LoRA with
         "pytest>=8.2",
         "pytest-xdist>=3.6",
         "ruff==0.17.6",

@@ -130,6 +130,9 @@ FAMILIES: dict[str, str] = {
 """Stock class name -> 'module:class' of the family that searches it."""
 
 _AS_SAVED: Any = object()
+    "StableDiffusionXLPipeline": (
+        "mctd_diffusers.families.stable_diffusion_xl:MCTDStableDiffusionXLPipeline"
+    ),
 """Default of ``reward_model`` and ``ige`` in `from_pretrained`: what was saved, if anything."""
 
 
@@ -154,6 +157,15 @@ class MCTDPipeline(DiffusionPipeline):
     r"""Base of the pipelines that search over denoising.
 
     Use [`~MCTDPipeline.from_pretrained`] or [`~MCTDPipeline.from_pipe`]: they return the family
+def _check_family(family: type[MCTDPipeline], stock_class_name: object) -> None:
+    """Refuse a family of another stock pipeline than the one that is at hand."""
+    if stock_class_name in FAMILIES and stock_class_name != family.stock_class.__name__:
+        raise ConfigError(
+            f"{family.__name__} searches no {stock_class_name}: use MCTDPipeline, which picks the "
+            "family itself"
+        )
+
+
     that fits the model, a subclass of both this class and the stock pipeline. It takes the
     components of the stock pipeline, and by name:
 
@@ -239,6 +251,7 @@ class MCTDPipeline(DiffusionPipeline):
         ours = index.get(OUR_KEY)
         if ours is None:  # a folder that a script put together; ours always have the key
             ours = parts_beside(folder)
+        _check_family(family, index.get("_class_name"))
         if not isinstance(ours, dict):
             raise ConfigError(
                 f"{OUR_KEY} in model_index.json of {source!r} is {ours!r}, not an object: take the "
@@ -314,11 +327,10 @@ class MCTDPipeline(DiffusionPipeline):
                 resolved, a head for another kind of pipeline, or an argument that the family does
                 not know.
         """
-        family: type[MCTDPipeline] = cls
-        if cls is MCTDPipeline:
-            names = [base.__name__ for base in type(pipeline).__mro__]
-            supported = [name for name in names if name in FAMILIES]
-            family = family_class(supported[0] if supported else names[0])
+        names = [base.__name__ for base in type(pipeline).__mro__]
+        name = next((base for base in names if base in FAMILIES), names[0])
+        family = family_class(name) if cls is MCTDPipeline else cls
+        _check_family(family, name)
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         modules, settings = family._get_signature_keys(family)
         unknown = sorted(set(kwargs) - set(modules) - set(settings))
@@ -332,9 +344,13 @@ class MCTDPipeline(DiffusionPipeline):
         arguments["reward_model"] = getattr(pipeline, "reward_model", None)
         if kwargs.get("ige") is not None:
             kwargs["ige"] = resolve_ige(kwargs["ige"])
-        missing = set(modules) - set(arguments)
-        arguments |= {name: None for name in missing & set(family._optional_components)}
-        pipe = family(**{**arguments, **kwargs})
+        arguments = {**dict.fromkeys(modules), **arguments, **kwargs}
+        for name in set(modules) - set(family._optional_components):
+            if arguments[name] is None:
+                raise ConfigError(
+                    f"{family.__name__} takes a {name}, and there is none: pass {name}=..."
+                )
+        pipe = family(**arguments)
         name_or_path = pipeline.config.get("_name_or_path")
         if name_or_path is not None:
             pipe.register_to_config(_name_or_path=name_or_path)
@@ -1027,6 +1043,11 @@ class MCTDPipeline(DiffusionPipeline):
         for name, given in stock.items():
             if isinstance(getattr(type(self), name, None), property):
                 setattr(self, f"_{name}", given)  # as the stock call does
+        needed = set(self._get_signature_keys(self)[0]) - set(self._optional_components)
+        if lacking := sorted(name for name in needed if getattr(self, name) is None):
+            raise ConfigError(
+                f"the pipeline has no {' and no '.join(lacking)}: load it with {lacking[0]}=..."
+            )
         self._interrupt = False
         with as_config_errors():
             self._check_inputs(stock)

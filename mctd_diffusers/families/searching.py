@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from inspect import Parameter
@@ -199,6 +200,7 @@ def _call_doc(stock: type[DiffusionPipeline]) -> str:
 
 
 def _arguments(documented: Any) -> str:
-    """The section ``Args:`` of a docstring; empty without one."""
-    section = re.search(r"^Args:\n((?:[ ].*\n|\n)*)", f"{inspect.getdoc(documented)}\n", re.M)
-    return "" if section is None else section[1].rstrip()
+    """The section ``Args:`` of a docstring, indented by 4; empty without one."""
+    text = f"{inspect.getdoc(documented)}\n"
+    section = re.search(r"^( *)Args:\n((?:\1 +\S.*\n|\s*\n)*)", text, re.MULTILINE)
+    return "" if section is None else textwrap.indent(textwrap.dedent(section[2]).rstrip(), "    ")

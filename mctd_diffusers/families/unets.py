@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,8 +128,21 @@ class UNetFamily(MCTDPipeline):
                 torch.tensor(self.guidance_scale - 1).repeat(images),
                 embedding_dim=self.unet.config.time_cond_proj_dim,
             ).to(device=device, dtype=first_latents.dtype)
+
+        kwargs = self.cross_attention_kwargs
+
+        def denoise(latents: Tensor, timesteps: Tensor, **conditioning: Any) -> Tensor:
+            output: Tensor = self.unet(
+                latents,
+                timesteps,
+                cross_attention_kwargs=kwargs,
+                return_dict=False,
+                **conditioning,
+            )[0]
+            return output
+
         network = RescaledNetwork(
-            functools.partial(self._denoise, self.cross_attention_kwargs),
+            denoise,
             conditional,
             unconditional if self.do_classifier_free_guidance else None,
             self.guidance_scale,
@@ -145,20 +157,5 @@ class UNetFamily(MCTDPipeline):
         )
 
     def _decoder(self) -> VaeDecoder:
+        """What decodes finished samples."""
         return VaeDecoder(self.vae)
-
-    def _denoise(
-        self,
-        cross_attention_kwargs: dict[str, Any] | None,
-        latents: Tensor,
-        timesteps: Tensor,
-        **conditioning: Any,
-    ) -> Tensor:
-        output: Tensor = self.unet(
-            latents,
-            timesteps,
-            cross_attention_kwargs=cross_attention_kwargs,
-            **conditioning,
-            return_dict=False,
-        )[0]
-        return output
