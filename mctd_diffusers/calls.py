@@ -28,7 +28,7 @@ from mctd_diffusers.errors import BudgetError, ConfigError, UnsupportedScheduler
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.models.observations import Observations, observe
 from mctd_diffusers.models.weights import weights_digest
-from mctd_diffusers.results import bytes_of
+from mctd_diffusers.results import TEXT_ARGUMENTS, bytes_of
 from mctd_diffusers.search.budget import REWARD_SPENDS, VALUE_SPENDS, Budget
 from mctd_diffusers.search.environment import FIRST_DRAW, Action, Handles, Ledger, Prices
 from mctd_diffusers.search.problem import Problem
@@ -278,10 +278,14 @@ def check_stock(stock: dict[str, Any]) -> None:
                 f"prompt is a {type(prompt).__name__} and negative_prompt a "
                 f"{type(negative).__name__}: give both as strings or both as lists"
             )
-        if isinstance(prompt, list) and len(negative) != len(prompt):
+    if prompt is None and stock.get("prompt_embeds") is None:
+        return  # the stock code says so
+    for name, given in stock.items():
+        is_for_each = "prompt_embeds" in name or (name in TEXT_ARGUMENTS and type(given) is list)
+        if is_for_each and given is not None and len(given) != num_prompts(stock):
             raise ConfigError(
-                f"there are {len(prompt)} prompts and {len(negative)} negative prompts: give one "
-                "for each"
+                f"there are {num_prompts(stock)} prompts and {name} has {len(given)}: give one for "
+                "each"
             )
 
 

@@ -1,0 +1,3 @@
+"""Flux, searched; for ``custom_pipeline=``."""
+
+from mctd_diffusers.families.flux import MCTDFluxPipeline  # noqa: F401

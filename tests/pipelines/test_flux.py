@@ -1,0 +1,209 @@
+"""Flux under search: packed latents, guidance as an input, and few steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from diffusers import FasterCacheConfig, FluxPipeline
+
+from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.pipeline import MCTDPipeline
+from mctd_diffusers.search.environment import Asks
+from mctd_diffusers.search.moves import draw, finish_plainly, renoise
+from mctd_diffusers.search.problem import Problem
+from mctd_diffusers.search.strategies import STRATEGIES, BestOfN
+from tests.pipelines import tiny, tiny_flux
+from tests.pipelines.family_tests import FamilyTests, counted_rows, seeded
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
+
+SIZE: dict[str, Any] = {"height": 16, "width": 16, "max_sequence_length": tiny.TEXT_LENGTH}
+CALL: dict[str, Any] = {**SIZE, "num_inference_steps": 4, "output_type": "pt"}
+
+
+class TestFlux(FamilyTests):
+    call: ClassVar[dict[str, Any]] = SIZE
+
+    @classmethod
+    def make_stock(cls) -> FluxPipeline:
+        return tiny_flux.make_stock()
+
+
+class TestFluxWithNegativePrompts(FamilyTests):
+    call: ClassVar[dict[str, Any]] = {**SIZE, "negative_prompt": "grey", "true_cfg_scale": 3.0}
+    rows_per_latent = 2
+    calls_per_chunk = 2
+
+    @classmethod
+    def make_stock(cls) -> FluxPipeline:
+        return tiny_flux.make_stock()
+
+
+class TestFluxOfFourSteps(FamilyTests):
+    call: ClassVar[dict[str, Any]] = {**SIZE, "guidance_scale": 0.0}
+    steps = 4
+
+    @classmethod
+    def make_stock(cls) -> FluxPipeline:
+        return tiny_flux.make_stock(guidance_embeds=False)
+
+
+@pytest.fixture(scope="module")
+def stock() -> FluxPipeline:
+    return tiny_flux.make_stock()
+
+
+@pytest.fixture(scope="module")
+def pipe(stock: FluxPipeline) -> MCTDPipeline:
+    return MCTDPipeline.from_pipe(stock, reward_model=tiny.redness)
+
+
+@pytest.fixture(scope="module")
+def few_steps() -> MCTDPipeline:
+    stock = tiny_flux.make_stock(guidance_embeds=False)
+    return MCTDPipeline.from_pipe(stock, reward_model=tiny.redness)
+
+
+def best_of_one(pipe: Any, *args: Any, **call: Any) -> Any:
+    return pipe(*args, search=BestOfN(n=1), rows_per_call=1, **call)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"guidance_scale": 1.5},
+        {"prompt_2": "a blue dog"},
+        {"negative_prompt": "grey", "negative_prompt_2": "black", "true_cfg_scale": 2.0},
+        {"true_cfg_scale": 2.0},
+        {"height": 24, "width": 8},
+        {"sigmas": [1.0, 0.6, 0.2]},
+    ],
+    ids=lambda call: next(iter(call)),
+)
+def test_stock_arguments_keep_their_meaning_in_a_search(
+    stock: Any, pipe: Any, call: dict[str, Any]
+) -> None:
+    call = {**CALL, **call}
+    theirs = stock("a red cat", generator=seeded(0)[0], **call)
+    ours = best_of_one(pipe, "a red cat", generator=seeded(0)[0], **call)
+    assert torch.equal(ours.images, theirs.images)
+    replayed = pipe.replay(ours.search[0].recipe)
+    assert torch.equal(replayed.latents, ours.search[0].latents[0])
+
+
+def test_there_is_nothing_to_scale_where_guidance_is_an_input(pipe: Any) -> None:
+    out = pipe("a red cat", search="mctd", compute=4, generator=seeded(0)[0], **CALL)
+    assert out.ledger.total.rows == out.ledger.total.nfe
+    assert torch.tensor(out.search[0].tree.guidance).isnan().all()
+
+
+def test_embeddings_of_the_user_are_taken_as_the_stock_takes_them(stock: Any, pipe: Any) -> None:
+    texts = (["a red cat", "two dogs"], ["grey", "black"])
+    (embeds, pooled, _), (negative, negative_pooled, _) = (
+        stock.encode_prompt(text, max_sequence_length=tiny.TEXT_LENGTH) for text in texts
+    )
+    given = {
+        "prompt_embeds": embeds,
+        "pooled_prompt_embeds": pooled,
+        "negative_prompt_embeds": negative,
+        "negative_pooled_prompt_embeds": negative_pooled,
+        "true_cfg_scale": 2.0,
+    }
+    theirs = stock(**given, generator=seeded(0, 1), **CALL)
+    call = {
+        "search": BestOfN(n=1),
+        "rows_per_call": 2,
+        "reward_prompt": "",
+    }
+    ours = pipe(**given, generator=seeded(0, 1), **call, **CALL)
+    assert torch.equal(ours.images, theirs.images)
+    with pytest.raises(ConfigError, match="2 embeddings of prompts for 4 images"):
+        pipe(**given, num_images_per_prompt=2, **call, **CALL)
+    given["negative_prompt_embeds"] = negative[:1]
+    with pytest.raises(ConfigError, match="2 prompts and negative_prompt_embeds has 1"):
+        pipe(**given, **call, **CALL)
+
+
+def test_embeddings_need_no_text_encoders(stock: Any, pipe: Any, tmp_path: Path) -> None:
+    embeds, pooled, _ = stock.encode_prompt("a red cat", max_sequence_length=tiny.TEXT_LENGTH)
+    pipe.save_pretrained(tmp_path)
+    readers = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    lean = MCTDPipeline.from_pretrained(tmp_path, reward_model=tiny.redness, **readers)
+    given = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "reward_prompt": ""}
+    ours = best_of_one(lean, generator=seeded(0)[0], **given, **CALL)
+    del given["reward_prompt"]
+    theirs = stock(generator=seeded(0)[0], **given, **CALL)
+    assert torch.equal(ours.images, theirs.images)
+    with pytest.raises(ConfigError, match=r"no text_encoder and no text_encoder_2 .* prompts with"):
+        lean("a red cat", **CALL)
+
+
+def test_a_transformer_that_caches_is_refused() -> None:
+    pipe = MCTDPipeline.from_pipe(tiny_flux.make_stock(), reward_model=tiny.redness)
+    pipe.transformer._cache_config = FasterCacheConfig()
+    with (
+        counted_rows(pipe.transformer) as rows,
+        pytest.raises(ConfigError, match="disable_cache"),
+    ):
+        pipe("a red cat", **CALL)
+    assert not rows()
+
+
+# Few steps
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_every_search_works_at_four_steps(few_steps: Any, name: str) -> None:
+    with counted_rows(few_steps.transformer) as rows:
+        out = few_steps(
+            "a red cat", search=name, compute=6, generator=seeded(0)[0], rows_per_call=4, **CALL
+        )
+        assert out.ledger.total.rows + out.ledger.total.padded_rows == sum(rows())
+    found = out.search[0]
+    assert found.finished
+    assert out.nfe[0] <= 6 * 4
+    assert few_steps.replay(found.recipe).reward == out.rewards[0]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_every_search_works_at_one_step_and_two(few_steps: Any, name: str, steps: int) -> None:
+    call = {**CALL, "num_inference_steps": steps}
+    out = few_steps("a red cat", search=name, compute=8, generator=seeded(0)[0], **call)
+    assert out.search[0].finished
+    assert out.nfe[0] <= 8 * steps
+
+
+@dataclass(frozen=True)
+class NoisedAgain:
+    """A search that finishes samples and goes back half way from each."""
+
+    name: str = "noised_again"
+
+    def least_evaluations(self, num_steps: int) -> int:
+        return num_steps + num_steps // 2
+
+    def search(self, problem: Problem) -> Asks:
+        nodes = yield from draw(problem, 2)
+        nodes = yield from finish_plainly(problem, nodes)
+        nodes = yield from renoise(problem, nodes, step_index=problem.num_steps // 2)
+        yield from finish_plainly(problem, nodes)
+
+
+@pytest.mark.parametrize("search", ["best_of_n", "zero-order", NoisedAgain()])
+def test_searches_over_initial_noise_and_by_noising_again_move_at_four_steps(
+    few_steps: Any, search: Any
+) -> None:
+    out = few_steps("a red cat", search=search, compute=4, generator=seeded(0)[0], **CALL)
+    found = out.search[0]
+    assert len({sample.reward for sample in found.finished}) == len(found.finished) > 3
+    for sample, latents in zip(found.finished, found.latents, strict=True):
+        replayed = few_steps.replay(found.recipe_of(sample.node))
+        assert torch.equal(replayed.latents, latents)
