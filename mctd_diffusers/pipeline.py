@@ -123,16 +123,20 @@ from mctd_diffusers.search.with_plain import WithPlain
 logger = logging.getLogger(__name__)
 
 FAMILIES: dict[str, str] = {
+    "FluxPipeline": "mctd_diffusers.families.flux:MCTDFluxPipeline",
+    "StableDiffusion3Pipeline": (
+        "mctd_diffusers.families.stable_diffusion_3:MCTDStableDiffusion3Pipeline"
+    ),
     "StableDiffusionPipeline": (
         "mctd_diffusers.families.stable_diffusion:MCTDStableDiffusionPipeline"
+    ),
+    "StableDiffusionXLPipeline": (
+        "mctd_diffusers.families.stable_diffusion_xl:MCTDStableDiffusionXLPipeline"
     ),
 }
 """Stock class name -> 'module:class' of the family that searches it."""
 
 _AS_SAVED: Any = object()
-    "StableDiffusionXLPipeline": (
-        "mctd_diffusers.families.stable_diffusion_xl:MCTDStableDiffusionXLPipeline"
-    ),
 """Default of ``reward_model`` and ``ige`` in `from_pretrained`: what was saved, if anything."""
 
 
@@ -153,10 +157,6 @@ def family_class(stock_class_name: object) -> type[MCTDPipeline]:
     return family
 
 
-class MCTDPipeline(DiffusionPipeline):
-    r"""Base of the pipelines that search over denoising.
-
-    Use [`~MCTDPipeline.from_pretrained`] or [`~MCTDPipeline.from_pipe`]: they return the family
 def _check_family(family: type[MCTDPipeline], stock_class_name: object) -> None:
     """Refuse a family of another stock pipeline than the one that is at hand."""
     if stock_class_name in FAMILIES and stock_class_name != family.stock_class.__name__:
@@ -166,6 +166,10 @@ def _check_family(family: type[MCTDPipeline], stock_class_name: object) -> None:
         )
 
 
+class MCTDPipeline(DiffusionPipeline):
+    r"""Base of the pipelines that search over denoising.
+
+    Use [`~MCTDPipeline.from_pretrained`] or [`~MCTDPipeline.from_pipe`]: they return the family
     that fits the model, a subclass of both this class and the stock pipeline. It takes the
     components of the stock pipeline, and by name:
 
@@ -247,11 +251,11 @@ def _check_family(family: type[MCTDPipeline], stock_class_name: object) -> None:
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         index = read_model_index(source, hub)
         family = family_class(index.get("_class_name")) if cls is MCTDPipeline else cls
+        _check_family(family, index.get("_class_name"))
         folder = Path(source)
         ours = index.get(OUR_KEY)
         if ours is None:  # a folder that a script put together; ours always have the key
             ours = parts_beside(folder)
-        _check_family(family, index.get("_class_name"))
         if not isinstance(ours, dict):
             raise ConfigError(
                 f"{OUR_KEY} in model_index.json of {source!r} is {ours!r}, not an object: take the "
@@ -1039,15 +1043,15 @@ def _check_family(family: type[MCTDPipeline], stock_class_name: object) -> None:
 
     def _check_call(self, stock: dict[str, Any]) -> None:
         """Fill in what a call leaves open, and refuse by the stock code what cannot work."""
-        self._fill_in(stock)
-        for name, given in stock.items():
-            if isinstance(getattr(type(self), name, None), property):
-                setattr(self, f"_{name}", given)  # as the stock call does
         needed = set(self._get_signature_keys(self)[0]) - set(self._optional_components)
         if lacking := sorted(name for name in needed if getattr(self, name) is None):
             raise ConfigError(
                 f"the pipeline has no {' and no '.join(lacking)}: load it with {lacking[0]}=..."
             )
+        self._fill_in(stock)
+        for name, given in stock.items():
+            if isinstance(getattr(type(self), name, None), property):
+                setattr(self, f"_{name}", given)  # as the stock call does
         self._interrupt = False
         with as_config_errors():
             self._check_inputs(stock)
