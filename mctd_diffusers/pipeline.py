@@ -564,7 +564,8 @@ class MCTDPipeline(DiffusionPipeline):
         if not stock["return_dict"]:
             has_checker = hasattr(output, "nsfw_content_detected")
             return (output.images, nsfw) if has_checker else (output.images,)
-        nfe = None if self.interrupt else [self.num_timesteps] * len(output.images)
+        calls = getattr(self, "num_timesteps", len(self.scheduler.timesteps))
+        nfe = None if getattr(self, "interrupt", False) else [calls] * len(output.images)
         return MCTDPipelineOutput(images=output.images, nfe=nfe, nsfw_content_detected=nsfw)
 
     def _search_call(self, stock: dict[str, Any], options: SearchOptions) -> Any:

@@ -152,7 +152,7 @@ def encoded_in_calls(
 
 def _of_prompts(name: str, given: Any, prompts: Sequence[int]) -> Any:
     """What a stock argument says of some prompts: all of it, if it is not one for each."""
-    if given is None or not (name in TEXT_ARGUMENTS or "prompt_embeds" in name):
+    if given is None or not (name in TEXT_ARGUMENTS or "prompt_" in name):
         return given
     if isinstance(given, str):
         return [given] * len(prompts)
@@ -181,3 +181,32 @@ class VaeDecoder:
     ) -> Float[Tensor, "batch channels height width"]:
         """Latents as the autoencoder knows them; what a family overrides that does more."""
         return latents / self.vae.config.scaling_factor
+
+
+@dataclass(frozen=True)
+class UpcastDecoder(VaeDecoder):
+    """Decodes in single precision what overflows in half, and undoes a normalisation by channel."""
+
+    def __call__(
+        self, latents: Float[Tensor, "batch *sample"]
+    ) -> Float[Tensor, "batch 3 rows columns"]:
+        """Images in [0, 1]."""
+        upcasts = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+        if not upcasts:
+            return super().__call__(latents)
+        self.vae.to(torch.float32)
+        try:
+            return super().__call__(latents)
+        finally:
+            self.vae.to(torch.float16)
+
+    def unscaled(
+        self, latents: Float[Tensor, "batch *sample"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Latents as the autoencoder knows them."""
+        config = self.vae.config
+        stats = [getattr(config, name, None) for name in ("latents_mean", "latents_std")]
+        if None in stats:
+            return super().unscaled(latents)
+        mean, std = (torch.tensor(each).view(1, -1, 1, 1).to(latents) for each in stats)
+        return latents * std / config.scaling_factor + mean

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,38 +11,9 @@ from torch import Tensor
 
 from mctd_diffusers.calls import Prepared
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.families.parts import VaeDecoder, call_by_names, encoded_in_calls
+from mctd_diffusers.families.parts import UpcastDecoder, call_by_names, encoded_in_calls
 from mctd_diffusers.families.searching import searches
 from mctd_diffusers.families.unets import UNetFamily
-
-
-@dataclass(frozen=True)
-class XLDecoder(VaeDecoder):
-    """Decodes in single precision what overflows in half, and undoes a normalisation by channel."""
-
-    def __call__(
-        self, latents: Float[Tensor, "batch *sample"]
-    ) -> Float[Tensor, "batch 3 rows columns"]:
-        """Images in [0, 1]."""
-        upcasts = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
-        if not upcasts:
-            return super().__call__(latents)
-        self.vae.to(torch.float32)
-        try:
-            return super().__call__(latents)
-        finally:
-            self.vae.to(torch.float16)
-
-    def unscaled(
-        self, latents: Float[Tensor, "batch *sample"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Latents as the autoencoder knows them."""
-        config = self.vae.config
-        stats = [getattr(config, name, None) for name in ("latents_mean", "latents_std")]
-        if None in stats:
-            return super().unscaled(latents)
-        mean, std = (torch.tensor(each).view(1, -1, 1, 1).to(latents) for each in stats)
-        return latents * std / config.scaling_factor + mean
 
 
 @searches(StableDiffusionXLPipeline)
@@ -89,8 +59,8 @@ class MCTDStableDiffusionXLPipeline(UNetFamily, StableDiffusionXLPipeline):
             _conditioning(unconditional, unconditional_pooled, unconditional_ids),
         )
 
-    def _decoder(self) -> XLDecoder:
-        return XLDecoder(self.vae)
+    def _decoder(self) -> UpcastDecoder:
+        return UpcastDecoder(self.vae)
 
     def _time_ids(
         self, stock: dict[str, Any], pooled: Tensor, dtype: torch.dtype
