@@ -80,7 +80,7 @@ class FamilyTests:
         if isinstance(prompt, list) and isinstance(given.get("negative_prompt"), str):
             given["negative_prompt"] = [given["negative_prompt"]] * len(prompt)
         generators = seeded(*seeds) if seeds else seeded(0)[0]
-        return pipe(prompt, generator=generators, **given)
+        return pipe(prompt=prompt, generator=generators, **given)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -131,6 +131,14 @@ class FamilyTests:
         ours = self.run(pipe, output_type=output_type, **call)
         assert torch.equal(ours.images, theirs.images)
         assert ours.nfe == [self.steps]
+
+    def test_best_of_one_in_half_precision_is_the_stock_picture(self) -> None:
+        stock = self.make_stock().to(torch.bfloat16)
+        pipe = MCTDPipeline.from_pipe(stock, reward_model=tiny.redness)
+        theirs = self.run(stock)
+        ours = self.run(pipe, search="best_of_n", compute=1, rows_per_call=1)
+        assert torch.equal(ours.images, theirs.images)
+        assert self.run(pipe, search="mctd", compute=2).search[0].latents.dtype == torch.bfloat16
 
     def test_a_batch_at_its_own_rows_per_call_is_the_stock_batch(
         self, stock: Any, pipe: Any
@@ -235,7 +243,7 @@ class FamilyTests:
 
     def test_features_are_those_that_a_head_may_read(self, pipe: Any) -> None:
         given = {"num_inference_steps": self.steps, **self.call}
-        world = pipe.open_world(PROMPTS[0], reads_features=True, **given)
+        world = pipe.open_world(prompt=PROMPTS[0], reads_features=True, **given)
         none = np.zeros(1, dtype=np.int64)
         handles = world.environment.reset(none, none)
         world.environment.denoise(handles)

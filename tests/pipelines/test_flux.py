@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from diffusers import FasterCacheConfig, FluxPipeline
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from peft import LoraConfig
 
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.pipeline import MCTDPipeline
@@ -154,6 +157,63 @@ def test_a_transformer_that_caches_is_refused() -> None:
     ):
         pipe("a red cat", **CALL)
     assert not rows()
+
+
+def with_adapters(stock: FluxPipeline) -> FluxPipeline:
+    """With two adapters of random weights in each block of two streams."""
+    transformer = stock.transformer
+    channels, text_channels = transformer.inner_dim, transformer.config.joint_attention_dim
+    processors = dict(transformer.attn_processors)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for name in processors:
+            if name.startswith("transformer_blocks"):
+                processors[name] = FluxIPAdapterAttnProcessor(
+                    channels, text_channels, num_tokens=(4, 4), scale=1.0
+                )
+        transformer.encoder_hid_proj = MultiIPAdapterImageProjection(
+            [ImageProjection(6, text_channels, 4) for _ in range(2)]
+        )
+    transformer.set_attn_processor(processors)
+    return stock
+
+
+@pytest.mark.parametrize("sides", ["positive", "both"])
+def test_adapters_are_shown_their_images(sides: str) -> None:
+    stock = with_adapters(tiny_flux.make_stock())
+    pipe = MCTDPipeline.from_pipe(stock, reward_model=tiny.redness)
+    some, others = torch.randn(2, 2, 1, 1, 6, generator=seeded(7)[0])
+    pictures: dict[str, Any] = {"ip_adapter_image_embeds": list(some)}
+    pictures["negative_ip_adapter_image_embeds"] = list(others)
+    call = {**CALL, "num_images_per_prompt": 2}
+    if sides == "both":
+        call |= {"true_cfg_scale": 2.0, "negative_prompt": ["grey", "black"]}
+    prompts = ["a red cat", "two dogs"]
+    theirs = stock(prompts, generator=seeded(0)[0], **pictures, **call)
+    searching = {"search": BestOfN(n=1), "rows_per_call": 4}
+    ours = pipe(prompts, generator=seeded(0)[0], **pictures, **searching, **call)
+    assert torch.equal(ours.images, theirs.images)
+    replayed = pipe.replay(ours.search[3].recipe, **pictures)
+    assert torch.equal(replayed.latents, ours.search[3].latents[0])
+    pictures["ip_adapter_image_embeds"] = list(others)
+    shown_others = pipe(prompts, generator=seeded(0)[0], **pictures, **searching, **call)
+    assert not torch.allclose(ours.images, shown_others.images, atol=1e-3)
+
+
+def test_low_rank_adapters_are_scaled_as_the_stock_pipeline_scales_them() -> None:
+    stock = tiny_flux.make_stock()
+    pipe = MCTDPipeline.from_pipe(stock, reward_model=tiny.redness)
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    stock.transformer.add_adapter(config)
+    pictures = []
+    for scale in (0.0, 0.5, 1.0):
+        call = {**CALL, "joint_attention_kwargs": {"scale": scale}}
+        theirs = stock("a red cat", generator=seeded(0)[0], **call)
+        ours = best_of_one(pipe, "a red cat", generator=seeded(0)[0], **call)
+        assert torch.equal(ours.images, theirs.images)
+        pictures.append(ours.images)
+    assert not torch.equal(pictures[0], pictures[1])
+    assert not torch.equal(pictures[1], pictures[2])
 
 
 # Few steps

@@ -7,6 +7,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterTimeImageProjection
+from peft import LoraConfig
 
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.pipeline import MCTDPipeline
@@ -19,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
 ]
 
+PROMPTS = ["a red cat", "two dogs"]
 CALL: dict[str, Any] = {
     "num_inference_steps": 4,
     "max_sequence_length": tiny.TEXT_LENGTH,
@@ -142,3 +146,61 @@ def test_a_schedule_that_noises_again_at_each_step_is_searched() -> None:
     out = pipe("a red cat", search="beam", compute=3, generator=seeded(0)[0], **CALL)
     replayed = pipe.replay(out.search[0].recipe)
     assert replayed.reward == out.rewards[0]
+
+
+def with_adapter(stock: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
+    """With an adapter of random weights in each block."""
+    transformer = stock.transformer
+    channels, head = transformer.inner_dim, transformer.config.attention_head_dim
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        processors = {
+            name: SD3IPAdapterJointAttnProcessor2_0(channels, channels, head, 16)
+            for name in transformer.attn_processors
+        }
+        transformer.set_attn_processor(processors)
+        transformer.image_proj = IPAdapterTimeImageProjection(
+            embed_dim=6,
+            output_dim=channels,
+            hidden_dim=16,
+            depth=1,
+            dim_head=8,
+            heads=2,
+            num_queries=4,
+            timestep_in_dim=8,
+        )
+    return stock
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_adapters_are_shown_their_images(guidance_scale: float) -> None:
+    stock = with_adapter(tiny_sd3.make_stock())
+    pipe = MCTDPipeline.from_pipe(stock, reward_model=tiny.redness)
+    pictures = torch.randn(2 if guidance_scale > 1 else 1, 1, 6, generator=seeded(7)[0])
+    call = {**CALL, "guidance_scale": guidance_scale, "num_images_per_prompt": 2}
+    theirs = stock(PROMPTS, generator=seeded(0)[0], ip_adapter_image_embeds=pictures, **call)
+    searching = {"search": BestOfN(n=1), "rows_per_call": 4}
+    given = {"generator": seeded(0)[0], "ip_adapter_image_embeds": pictures, **searching}
+    ours = pipe(PROMPTS, **given, **call)
+    assert torch.equal(ours.images, theirs.images)
+    replayed = pipe.replay(ours.search[3].recipe, ip_adapter_image_embeds=pictures)
+    assert torch.equal(replayed.latents, ours.search[3].latents[0])
+    plain = pipe(PROMPTS, generator=seeded(0)[0], **searching, **call)
+    assert not torch.allclose(ours.images, plain.images, atol=1e-3)
+
+
+def test_low_rank_adapters_are_scaled_as_the_stock_pipeline_scales_them() -> None:
+    stock = tiny_sd3.make_stock()
+    pipe = MCTDPipeline.from_pipe(stock, reward_model=tiny.redness)
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    stock.transformer.add_adapter(config)
+    pictures = []
+    for scale in (0.0, 0.5, 1.0):
+        call = {**CALL, "joint_attention_kwargs": {"scale": scale}}
+        theirs = stock("a red cat", generator=seeded(0)[0], **call)
+        ours = best_of_one(pipe, "a red cat", generator=seeded(0)[0], **call)
+        assert torch.equal(ours.images, theirs.images)
+        pictures.append(ours.images)
+        assert pipe.replay(ours.search[0].recipe).reward == ours.rewards[0]
+    assert not torch.equal(pictures[0], pictures[1])
+    assert not torch.equal(pictures[1], pictures[2])

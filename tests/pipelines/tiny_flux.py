@@ -29,7 +29,7 @@ def make_components(seed: int = 0, *, guidance_embeds: bool = True) -> dict[str,
             guidance_embeds=guidance_embeds,
         )
         vae = tiny_sd3.make_flow_vae()
-        text_encoder = CLIPTextModel(CLIPTextConfig(**tiny.text_settings()))
+        text_encoder = CLIPTextModel(CLIPTextConfig(**tiny_sd3.text_settings()))
         text_encoder_2 = tiny_sd3.make_t5_encoder()
     shifting = SHIFTING if guidance_embeds else {"shift": 1.0}
     return {
