@@ -7,7 +7,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, cast
@@ -236,8 +236,16 @@ def _is_count(given: Any) -> bool:
     return is_number(given, 1, whole=True)
 
 
-def check_stock(stock: dict[str, Any]) -> None:
-    """Refuse stock arguments that a search cannot follow, or that no stock code checks."""
+def check_stock(stock: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+    """Refuse stock arguments that a search cannot follow, or that no stock code checks.
+
+    Args:
+        stock: the stock arguments.
+        defaults: of the stock call; a number may be ``None`` where its default is.
+
+    Raises:
+        ConfigError: one of them is such.
+    """
     for name in ("callback_on_step_end", "callback"):
         if stock.get(name) is not None:
             raise ConfigError(
@@ -253,6 +261,8 @@ def check_stock(stock: dict[str, Any]) -> None:
             raise ConfigError(f"{name}={stock[name]!r}: give a whole number of at least 1")
         stock[name] = int(stock[name])
     for name in [number for number in NUMBERS if number in stock]:
+        if stock[name] is None and (defaults or {}).get(name, 0) is None:
+            continue
         if not _is_finite(stock[name]):
             raise ConfigError(f"{name}={stock[name]!r}: give a finite number")
         stock[name] = float(stock[name])
@@ -273,7 +283,8 @@ def check_stock(stock: dict[str, Any]) -> None:
     if isinstance(prompt, list) and (not prompt or not all(isinstance(p, str) for p in prompt)):
         raise ConfigError(f"prompt={prompt!r}: give a string, or a list of at least one string")
     if negative is not None and prompt is not None:
-        if type(negative) is not type(prompt):
+        is_default = negative == (defaults or {}).get("negative_prompt")
+        if type(negative) is not type(prompt) and not is_default:
             raise ConfigError(
                 f"prompt is a {type(prompt).__name__} and negative_prompt a "
                 f"{type(negative).__name__}: give both as strings or both as lists"

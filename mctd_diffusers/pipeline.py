@@ -675,7 +675,7 @@ class MCTDPipeline(DiffusionPipeline):
             opened.call.stock["output_type"] = output_type
         if return_dict is not None:
             opened.call.stock["return_dict"] = return_dict
-        check_stock(opened.call.stock)
+        check_stock(opened.call.stock, self._stock_defaults())
         return self._run(
             opened.call,
             CallSaver(folder, save_every_s, opened.call, opened.saved.log),
@@ -716,7 +716,7 @@ class MCTDPipeline(DiffusionPipeline):
         """
         saved = load_search(folder, strategy=search)
         stock, options = saved_arguments(
-            saved, self.stock_class.__name__, self._stock_names(), arguments
+            saved, self.stock_class.__name__, self._stock_defaults(), arguments
         )
         self._check_online(options)
         reward = self._reward_of(reward_model)
@@ -753,7 +753,7 @@ class MCTDPipeline(DiffusionPipeline):
             check_unsaved(options.save_to)
         self._check_online(options)
         strategy = with_head_or_without(configured_strategy(options), self.ige is not None)
-        check_stock(stock)
+        check_stock(stock, self._stock_defaults())
         self._check_call(stock)
         prompts = reward_prompts_of(stock, options)
         draws = first_draws(stock, len(prompts))
@@ -1035,12 +1035,11 @@ class MCTDPipeline(DiffusionPipeline):
             hint = f"did you mean {near[0]!r}?" if near else "leave it out"
             raise ConfigError(f"{name!r} is no argument of {type(self).__name__}: {hint}")
 
-    def _stock_names(self) -> list[str]:
-        """Names of the arguments of the stock call."""
+    def _stock_defaults(self) -> dict[str, Any]:
+        """Defaults of the arguments of the stock call."""
         ours = {"self", "kwargs", *(option.name for option in fields(SearchOptions))}
-        return [
-            name for name in inspect.signature(type(self).__call__).parameters if name not in ours
-        ]
+        parameters = inspect.signature(type(self).__call__).parameters
+        return {name: each.default for name, each in parameters.items() if name not in ours}
 
     def _check_call(self, stock: dict[str, Any]) -> None:
         """Fill in what a call leaves open, and refuse by the stock code what cannot work."""
@@ -1194,7 +1193,7 @@ class MCTDPipeline(DiffusionPipeline):
         Raises:
             ConfigError: as for [`~MCTDPipeline.replay`].
         """
-        stock = recipe_stock(recipe, self.stock_class.__name__, self._stock_names(), arguments)
+        stock = recipe_stock(recipe, self.stock_class.__name__, self._stock_defaults(), arguments)
         first_draw = recipe["first_draw"]
         draws, position, seed = 1, 0, 0
         if latents is None and needs_noise:

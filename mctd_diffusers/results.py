@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -656,14 +656,14 @@ def check_recipe(recipe: Any, pipeline: str) -> None:
 
 
 def recipe_stock(
-    recipe: Recipe, pipeline: str, names: Sequence[str], arguments: dict[str, Any]
+    recipe: Recipe, pipeline: str, defaults: Mapping[str, Any], arguments: dict[str, Any]
 ) -> dict[str, Any]:
     """The stock arguments that a recipe stands for, without those that draw the first noise.
 
     Args:
         recipe: of one picture.
         pipeline: name of the stock class at hand.
-        names: of all its arguments; those that the recipe does not hold are ``None``.
+        defaults: of all its arguments.
         arguments: those that the recipe could not hold.
 
     Raises:
@@ -692,9 +692,18 @@ def recipe_stock(
                 then,
                 here,
             )
-    texts = {name: recipe[name] for name in ("prompt", "negative_prompt") if name in names}
-    stock: dict[str, Any] = dict.fromkeys(names)
-    return stock | texts | recipe["call"] | arguments | {"num_images_per_prompt": 1}
+    texts = {name: recipe[name] for name in ("prompt", "negative_prompt") if name in defaults}
+    stock = unheld_arguments(defaults) | texts | recipe["call"] | arguments
+    return stock | {"num_images_per_prompt": 1}
+
+
+def unheld_arguments(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says nothing of: stock arguments of the call as ever, others ``None``.
+
+    Args:
+        defaults: of all arguments of the stock call.
+    """
+    return {name: default if name in CALL_ARGUMENTS else None for name, default in defaults.items()}
 
 
 def recipe_scheduler(recipe: Recipe) -> SchedulerMixin:

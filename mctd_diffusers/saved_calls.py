@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mctd_diffusers.calls import SearchCall, SearchOptions, World
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.results import TEXT_ARGUMENTS
+from mctd_diffusers.results import TEXT_ARGUMENTS, unheld_arguments
 from mctd_diffusers.search.budget import StopReason
 from mctd_diffusers.search.environment import Handles, Prices
 from mctd_diffusers.search.log import SearchLog
@@ -156,14 +156,14 @@ def check_unsaved(folder: str | os.PathLike[str]) -> None:
 
 
 def saved_arguments(
-    saved: SavedSearch, pipeline: str, names: Sequence[str], arguments: dict[str, Any]
+    saved: SavedSearch, pipeline: str, defaults: Mapping[str, Any], arguments: dict[str, Any]
 ) -> tuple[dict[str, Any], SearchOptions]:
     """The arguments of a saved call, stock ones (without those that draw noise) and ours.
 
     Args:
         saved: the search.
         pipeline: name of the stock class at hand.
-        names: of all its arguments; those that the folder does not hold are ``None``.
+        defaults: of all its arguments.
         arguments: those that a folder cannot hold.
 
     Raises:
@@ -187,8 +187,7 @@ def saved_arguments(
         raise ConfigError(
             f"the folder cannot hold {', '.join(missing)}: pass what the call was given"
         )
-    stock: dict[str, Any] = dict.fromkeys(names)
-    stock |= held | call["stock"] | arguments
+    stock = unheld_arguments(defaults) | held | call["stock"] | arguments
     options = SearchOptions(search=saved.strategy, **call["options"])
     return stock | {"latents": None, "generator": torch.Generator()}, options
 

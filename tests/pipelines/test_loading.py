@@ -215,7 +215,8 @@ def test_parts_are_loaded_in_the_variant_that_was_saved(stock: Any, tmp_path: Pa
 
 def test_an_unknown_pipeline_is_refused_with_those_supported(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "StrangePipeline"}')
-    with pytest.raises(ConfigError, match=r"StrangePipeline.*StableDiffusionPipeline"):
+    known = r"FluxPipeline, .*StableDiffusionPipeline, StableDiffusionXLPipeline"
+    with pytest.raises(ConfigError, match=rf"StrangePipeline.* {known}.*docs/extending\.md"):
         MCTDPipeline.from_pretrained(tmp_path)
 
 
