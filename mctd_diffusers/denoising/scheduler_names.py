@@ -154,7 +154,7 @@ def named_scheduler(text: str | SchedulerName, config: Mapping[str, Any]) -> Nam
             is for models of another kind.
     """
     said = read_scheduler(text) if isinstance(text, str) else text
-    model = _levels_of_model(config)
+    model = levels_of_model(config)
     if model is not None and said.kind.__module__.startswith("diffusers."):
         _check_levels(said, config, model)
     try:
@@ -505,7 +505,7 @@ def _written(value: Any) -> str:
 # What a scheduler and a model must have in common
 
 
-def _levels_of_model(config: Mapping[str, Any]) -> Levels | None:
+def levels_of_model(config: Mapping[str, Any]) -> Levels | None:
     """What the noise levels of a model are made of; ``None`` where its config does not say."""
     prediction = config.get("prediction_type")
     if "sigma_data" in config:
@@ -522,7 +522,7 @@ def check_fits(scheduler: Any, config: Mapping[str, Any]) -> None:
     Raises:
         UnsupportedSchedulerError: says what each of them is for.
     """
-    own, model = _levels_of_model(scheduler.config), _levels_of_model(config)
+    own, model = levels_of_model(scheduler.config), levels_of_model(config)
     if own is not None and model is not None and own != model:
         raise UnsupportedSchedulerError(
             f"{type(scheduler).__name__} is for {_MEANT_FOR[own]}; this model is one of the "
