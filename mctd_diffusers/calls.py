@@ -7,7 +7,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, cast
@@ -356,6 +356,8 @@ class Prepared:
         first_latents: initial noise of each image, by the stock ``prepare_latents``.
         features: a tap on the network's blocks.
     """
+        kinds: of each image, where a call of the network may hold images of one kind alone; see
+            `Denoiser`.
 
     network: Network
     decoder: Decoder
@@ -363,6 +365,7 @@ class Prepared:
     first_latents: Float[Tensor, "images *sample"]
     features: FeatureTap
 
+    kinds: Sequence[Hashable] | None = None
 
 @dataclass
 class _Counted:
@@ -465,6 +468,7 @@ class World:
             features=self.prepared.features if self.keeps_features else None,
             gain_model=self.strides.gain_model,
         )
+            kinds=self.prepared.kinds and [*self.prepared.kinds] * times,
 
     def problems(self, budget: Budget, *, first_index: int = 0) -> list[Problem]:
         """One problem an image, each with ``budget``."""

@@ -129,6 +129,8 @@ FAMILIES: dict[str, str] = {
     ),
     "StableDiffusionPipeline": (
         "mctd_diffusers.families.stable_diffusion:MCTDStableDiffusionPipeline"
+    "Flux2KleinPipeline": "mctd_diffusers.families.flux2_klein:MCTDFlux2KleinPipeline",
+    "Flux2Pipeline": "mctd_diffusers.families.flux2:MCTDFlux2Pipeline",
     ),
     "StableDiffusionXLPipeline": (
         "mctd_diffusers.families.stable_diffusion_xl:MCTDStableDiffusionXLPipeline"
@@ -883,7 +885,7 @@ class MCTDPipeline(DiffusionPipeline):
             return [None] * len(samples), None
         nsfw: list[bool] | None = None
         if output_type == "latent":
-            pictures = world.environment.denoised(handles)
+            pictures = self._as_latents(world.environment.denoised(handles), world.prepared.decoder)
         else:
             images, nsfw = self._check_safety(world.environment.images(handles))
             pictures = self._postprocess(images, output_type)
@@ -1107,6 +1109,10 @@ class MCTDPipeline(DiffusionPipeline):
         return {}
 
     # Recipes and estimates
+
+    def _as_latents(self, latents: Tensor, decoder: Decoder) -> Tensor:
+        """Finished samples as the stock pipeline returns them for ``output_type="latent"``."""
+        return latents
 
     @torch.no_grad()
     def replay(

@@ -104,6 +104,33 @@ def test_useful_and_padded_rows_are_metered_by_problem(unet: Any) -> None:
 
 
 @torch.no_grad()
+def test_a_call_holds_problems_of_one_kind_alone(unet: Any) -> None:
+    network = GuidedUNet(unet, EMBEDS, NEGATIVE, 3.0)
+    called: list[list[int]] = []
+
+    class Noting:
+        rows_per_latent, guidance_scale, combine = 2, 3.0, network.combine
+
+        def __call__(self, latents: Tensor, timesteps: Tensor, problems: Sequence[int]) -> Outputs:
+            called.append(list(problems))
+            return network(latents, timesteps, problems)
+
+    tap = FeatureTap(unet, rows_per_latent=2)
+    apart = make(Noting(), 2, kinds=["short", "long", "short"], features=tap)
+    latents = noise(7, 4, 8, 8)
+    ours = apart(latents, states(apart, INDICES), PROBLEMS)
+    assert called == [[0, 2], [0, 2], [2, 2], [1, 1]]
+    assert apart.ledger.total == Counts(nfe=7, rows=14, padded_rows=2, calls=4)
+    together = make(network, 2, features=tap)
+    same = together(latents, states(together, INDICES), PROBLEMS)
+    assert torch.equal(ours.outputs.conditional, same.outputs.conditional)
+    assert ours.outputs.unconditional is not None
+    assert same.outputs.unconditional is not None
+    assert torch.equal(ours.outputs.unconditional, same.outputs.unconditional)
+    assert all(torch.equal(rows, same.features[name]) for name, rows in ours.features.items())
+
+
+@torch.no_grad()
 def test_without_guidance_an_nfe_is_a_row(unet: Any) -> None:
     denoiser = make(PlainUNet(unet, EMBEDS), 4)
     outputs = denoiser(noise(3, 4, 8, 8), states(denoiser, [0, 1, 2]), [0, 1, 2]).outputs

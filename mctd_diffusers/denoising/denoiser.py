@@ -8,7 +8,7 @@ then a sample's result depends neither on the wave it rode in nor on the other i
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -101,6 +101,7 @@ class FeatureTap:
             unconditional half, then the conditional one, as stock pipelines build it, and only the
             conditional half is read: what the picture is meant to become. Of a network that is
             called for each half, the last call is read.
+        conditional_first: whether the conditional half comes first.
         names: blocks to read; ``None`` reads all.
 
     Raises:
@@ -112,6 +113,7 @@ class FeatureTap:
         network: nn.Module,
         *,
         rows_per_latent: int = 1,
+        conditional_first: bool = False,
         names: Collection[str] | None = None,
     ) -> None:
         blocks = tappable_blocks(network)
@@ -124,6 +126,7 @@ class FeatureTap:
             name: block for name, block in blocks.items() if names is None or name in names
         }
         self._rows_per_latent = rows_per_latent
+        self._conditional = 0 if conditional_first else -1
         self._hooks: list[Any] = []
         self._features: dict[str, Tensor] = {}
 
@@ -153,7 +156,7 @@ class FeatureTap:
             # UNets: (hidden, residuals); transformers: (hidden of the text, hidden).
             parts = output if isinstance(output, tuple) else (output,)
             hidden = [part for part in parts if isinstance(part, Tensor)][-1]
-            conditional = hidden.chunk(self._rows_per_latent)[-1]
+            conditional = hidden.chunk(self._rows_per_latent)[self._conditional]
             self._features[name] = pooled(conditional.detach().float())
 
         return read
@@ -192,6 +195,9 @@ class Denoiser:
         rows_per_call: latents in every call; with guidance the network gets twice that.
         ledger: is charged.
         features: a tap on the network, which is opened for each call; ``None`` to read none.
+        kinds: of each problem; a call holds problems of one kind alone. Where texts are not padded
+            to one length, a row would else depend on how long those beside it are. ``None`` is one
+            kind for all.
 
     Raises:
         ConfigError: ``rows_per_call`` is below 1.
@@ -205,6 +211,7 @@ class Denoiser:
         rows_per_call: int,
         ledger: Ledger,
         features: FeatureTap | None = None,
+        kinds: Sequence[Hashable] | None = None,
     ) -> None:
         if rows_per_call < 1:
             raise ConfigError(f"rows_per_call is {rows_per_call}; choose at least 1.")
@@ -213,6 +220,7 @@ class Denoiser:
         self.rows_per_call = rows_per_call
         self.ledger = ledger
         self.features = features
+        self.kinds = kinds
 
     def __call__(
         self,
@@ -227,6 +235,26 @@ class Denoiser:
             states: where each stands.
             problems: the image of each, whose conditioning and account it is.
         """
+        if self.kinds is None:
+            return self._evaluate(latents, states, problems)
+        groups: dict[Hashable, list[int]] = {}
+        for row, problem in enumerate(problems):
+            groups.setdefault(self.kinds[problem], []).append(row)
+        evaluation = _together(
+            [
+                self._evaluate(
+                    latents[rows], [states[row] for row in rows], [problems[row] for row in rows]
+                )
+                for rows in groups.values()
+            ]
+        )
+        order = [row for rows in groups.values() for row in rows]
+        return _rows_of(evaluation, sorted(range(len(order)), key=order.__getitem__))
+
+    def _evaluate(
+        self, latents: Tensor, states: Sequence[SolverState], problems: Sequence[int]
+    ) -> Evaluation:
+        """Evaluate samples of one kind."""
         rows_per_latent = self.network.rows_per_latent
         evaluations = []
         for chunk in chunks(len(latents), self.rows_per_call):
@@ -236,7 +264,7 @@ class Denoiser:
                     chunk.pick(states),
                     chunk.pick(problems),
                 )
-            evaluations.append(_first(evaluation, chunk.useful))
+            evaluations.append(_rows_of(evaluation, slice(chunk.useful)))
             self.ledger.charge(problems[chunk.rows], Counts(nfe=1, rows=rows_per_latent))
             padding = (self.rows_per_call - chunk.useful) * rows_per_latent
             self.ledger.charge_shared(Counts(padded_rows=padding, calls=1))
@@ -274,11 +302,10 @@ class Denoiser:
         return combined
 
 
-def _first(evaluation: Evaluation, rows: int) -> Evaluation:
-    """The evaluation without its padding."""
+def _rows_of(evaluation: Evaluation, rows: slice | list[int]) -> Evaluation:
     (conditional, unconditional), features = evaluation
-    outputs = Outputs(conditional[:rows], None if unconditional is None else unconditional[:rows])
-    return Evaluation(outputs, {name: feature[:rows] for name, feature in features.items()})
+    outputs = Outputs(conditional[rows], None if unconditional is None else unconditional[rows])
+    return Evaluation(outputs, {name: feature[rows] for name, feature in features.items()})
 
 
 def _together(evaluations: Sequence[Evaluation]) -> Evaluation:

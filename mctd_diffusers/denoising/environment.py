@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, cast
@@ -83,6 +83,7 @@ class LatentEnvironment:
         storage: where tensors wait between calls; by default the device itself.
         features: a tap on the network, where features of the samples will be asked for.
         gain_model: predicts what jumps tell; ``None`` where a search asks for no predictions.
+        kinds: of each problem, as for `Denoiser`.
 
     Raises:
         ConfigError: ``rows_per_call`` is below 1, or prompts and first latents differ in number.
@@ -103,6 +104,7 @@ class LatentEnvironment:
         storage: torch.device | str | None = None,
         features: FeatureTap | None = None,
         gain_model: GainModel | None = None,
+        kinds: Sequence[Hashable] | None = None,
     ) -> None:
         if len(prompts) != len(first_latents):
             raise ConfigError(
@@ -113,7 +115,12 @@ class LatentEnvironment:
         self.num_steps = stepper.num_steps
         self._stepper = stepper
         self._denoiser = Denoiser(
-            network, stepper, rows_per_call=rows_per_call, ledger=self.ledger, features=features
+            network,
+            stepper,
+            rows_per_call=rows_per_call,
+            ledger=self.ledger,
+            features=features,
+            kinds=kinds,
         )
         self._gain_model = gain_model
         self._decoder = decoder
@@ -500,6 +507,7 @@ class LatentEnvironment:
             rows_per_call=self._rows_per_call,
             prices=self.ledger.prices,
             storage=self._samples.storage,
+            kinds=self._denoiser.kinds,
         )
 
     # Making lazy samples

@@ -7,17 +7,21 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from torch import Tensor
 
-from mctd_diffusers.calls import Prepared, num_prompts
+from mctd_diffusers.calls import Prepared
 from mctd_diffusers.families.parts import call_by_names, encoded_in_calls
 from mctd_diffusers.families.searching import searches
-from mctd_diffusers.families.transformers import READERS, TransformerFamily, TwoCallNetwork
+from mctd_diffusers.families.transformers import (
+    READERS,
+    PackedFamily,
+    TwoCallNetwork,
+    falling_sigmas,
+)
 
 
 @searches(FluxPipeline)
-class MCTDFluxPipeline(TransformerFamily, FluxPipeline):
+class MCTDFluxPipeline(PackedFamily, FluxPipeline):
     r"""Text-to-image generation with Flux, searched for the best reward.
 
     `guidance_scale` is an input of the transformer, so there is nothing for a search to scale, and
@@ -30,36 +34,13 @@ class MCTDFluxPipeline(TransformerFamily, FluxPipeline):
         *("preview_vae", "ige"),
     ]
 
-    def _fill_in(self, stock: dict[str, Any]) -> None:
-        size = self.default_sample_size * self.vae_scale_factor
-        stock["height"], stock["width"] = stock["height"] or size, stock["width"] or size
-
-    def _latent_shape(self, stock: dict[str, Any]) -> tuple[int, ...]:
-        images = num_prompts(stock) * stock["num_images_per_prompt"]
-        rows, columns = (stock[side] // (2 * self.vae_scale_factor) for side in ("height", "width"))
-        return images, rows * columns, self.transformer.config.in_channels
-
-    @property
-    def _latent_channels(self) -> int:
-        return int(self.transformer.config.in_channels) // 4
-
     def _set_timesteps(self, stock: dict[str, Any]) -> None:
-        config, steps, sigmas = self.scheduler.config, stock["num_inference_steps"], stock["sigmas"]
-        if config.get("use_flow_sigmas"):
+        sigmas = stock["sigmas"]
+        if self.scheduler.config.get("use_flow_sigmas"):
             sigmas = None
         elif sigmas is None:
-            sigmas = np.linspace(1.0, 1 / steps, steps)
-        mu = calculate_shift(
-            self._latent_shape(stock)[1],
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        timesteps, _ = retrieve_timesteps(
-            self.scheduler, steps, self._execution_device, sigmas=sigmas, mu=mu
-        )
-        self._num_timesteps = len(timesteps)
+            sigmas = falling_sigmas(stock["num_inference_steps"])
+        self._set_sigmas(stock, sigmas, mu=self._shift(self._latent_shape(stock)[1]))
 
     def _prepare(
         self, stock: dict[str, Any], prompts_per_call: int, draws: int | None = None

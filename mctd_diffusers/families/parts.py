@@ -36,6 +36,7 @@ class GuidedNetwork:
             an input of the network.
         guidance_scale: as in the stock pipeline.
         rows_per_latent: 2 with classifier-free guidance, else 1.
+        positive_first: whether the positive rows of a call come first.
     """
 
     denoise: Callable[..., Tensor]
@@ -43,6 +44,7 @@ class GuidedNetwork:
     unconditional: dict[str, Any] | None
     guidance_scale: float
     rows_per_latent: int = field(init=False)
+    positive_first: bool = False
 
     def __post_init__(self) -> None:
         self.rows_per_latent = 1 if self.unconditional is None else 2
@@ -56,11 +58,12 @@ class GuidedNetwork:
         conditioning = rows_of(self.conditional, rows)
         if self.unconditional is None:
             return Outputs(self.denoise(latents, timesteps, **conditioning), None)
-        # The order of the stock pipelines: negative rows, then positive ones.
-        both = joined([rows_of(self.unconditional, rows), conditioning])
+        # The order of most stock pipelines: negative rows, then positive ones.
+        sides = [rows_of(self.unconditional, rows), conditioning]
+        both = joined(sides[::-1] if self.positive_first else sides)
         output = self.denoise(torch.cat([latents] * 2), torch.cat([timesteps] * 2), **both)
-        unconditional, conditional = output.chunk(2)
-        return Outputs(conditional, unconditional)
+        first, second = output.chunk(2)
+        return Outputs(first, second) if self.positive_first else Outputs(second, first)
 
     def combine(
         self, outputs: Outputs, guidance: float | None = None

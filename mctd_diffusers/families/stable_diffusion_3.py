@@ -5,10 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from diffusers import StableDiffusion3Pipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
-    calculate_shift,
-    retrieve_timesteps,
-)
 from torch import Tensor
 
 from mctd_diffusers.calls import Prepared, num_prompts
@@ -28,10 +24,6 @@ class MCTDStableDiffusion3Pipeline(TransformerFamily, StableDiffusion3Pipeline):
         *("preview_vae", "ige"),
     ]
 
-    def _fill_in(self, stock: dict[str, Any]) -> None:
-        size = self.default_sample_size * self.vae_scale_factor
-        stock["height"], stock["width"] = stock["height"] or size, stock["width"] or size
-
     def _check_inputs(self, stock: dict[str, Any]) -> None:
         if stock["skip_guidance_layers"] is not None:
             raise ConfigError(
@@ -47,22 +39,12 @@ class MCTDStableDiffusion3Pipeline(TransformerFamily, StableDiffusion3Pipeline):
         return images, self.transformer.config.in_channels, rows, columns
 
     def _set_timesteps(self, stock: dict[str, Any]) -> None:
-        config, patch = self.scheduler.config, self.transformer.config.patch_size
+        patch = self.transformer.config.patch_size
         shift = {} if stock["mu"] is None else {"mu": stock["mu"]}
-        if config.get("use_dynamic_shifting") and not shift:
+        if self.scheduler.config.get("use_dynamic_shifting") and not shift:
             rows, columns = self._latent_shape(stock)[-2:]
-            shift["mu"] = calculate_shift(
-                (rows // patch) * (columns // patch),
-                config.get("base_image_seq_len", 256),
-                config.get("max_image_seq_len", 4096),
-                config.get("base_shift", 0.5),
-                config.get("max_shift", 1.16),
-            )
-        steps, device = stock["num_inference_steps"], self._execution_device
-        timesteps, _ = retrieve_timesteps(
-            self.scheduler, steps, device, sigmas=stock["sigmas"], **shift
-        )
-        self._num_timesteps = len(timesteps)
+            shift["mu"] = self._shift((rows // patch) * (columns // patch), max_shift=1.16)
+        self._set_sigmas(stock, stock["sigmas"], **shift)
 
     def _prepare(
         self, stock: dict[str, Any], prompts_per_call: int, draws: int | None = None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from mctd_diffusers.calls import Prepared
+from mctd_diffusers.calls import Prepared, num_prompts
 from mctd_diffusers.denoising.denoiser import FeatureTap, tappable_blocks
 from mctd_diffusers.denoising.protocols import Outputs
 from mctd_diffusers.errors import ConfigError
@@ -64,13 +68,26 @@ READERS: Final = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 class TransformerFamily(MCTDPipeline):
     """Base of the families whose denoiser is a transformer."""
 
+    @property
+    def _block_channels(self) -> int:
+        """Channels of what its blocks give."""
+        return int(self.transformer.inner_dim)
+
     def _feature_channels(self) -> dict[str, int]:
         """Two of each block's channels, as `FeatureTap` reads them, and three of the latents'."""
-        channels = self.transformer.inner_dim
-        blocks = {name: 2 * channels for name in tappable_blocks(self.transformer)}
+        blocks = {name: 2 * self._block_channels for name in tappable_blocks(self.transformer)}
         return blocks | {"estimate": 3 * self.transformer.config.in_channels}
 
+    def _fill_in(self, stock: dict[str, Any]) -> None:
+        size = self.default_sample_size * self.vae_scale_factor
+        stock["height"], stock["width"] = stock["height"] or size, stock["width"] or size
+
     def _check_inputs(self, stock: dict[str, Any]) -> None:
+        self._check_transformer(stock)
+        super()._check_inputs(stock)
+
+    def _check_transformer(self, stock: dict[str, Any]) -> None:
+        """Refuse prompts that nothing reads, and a transformer that remembers its last call."""
         lacking = [name for name in READERS if getattr(self, name, self) is None]
         if lacking and any(stock.get(name) is not None for name in TEXT_ARGUMENTS):
             raise ConfigError(
@@ -82,7 +99,6 @@ class TransformerFamily(MCTDPipeline):
                 "the transformer's cache keeps what it computed a step ago, and a search goes from "
                 "one sample to another: call pipe.transformer.disable_cache() first"
             )
-        super()._check_inputs(stock)
 
     def _first_latents(self, stock: dict[str, Any], draws: int | None, dtype: torch.dtype) -> Any:
         """What the stock ``prepare_latents`` makes; see `_prepare` for ``draws``."""
@@ -109,11 +125,19 @@ class TransformerFamily(MCTDPipeline):
         network: GuidedNetwork,
         first_latents: Tensor,
         unpack: Callable[[Tensor], Tensor] | None = None,
+        kinds: Sequence[Hashable] | None = None,
     ) -> Prepared:
-        """The network with decoders of shifted latents, and with a tap on its blocks.
+        """The network with its decoders, and with a tap on its blocks.
 
         Of blocks those are read that the information gain evaluator reads; without one some, along
         the depth.
+
+        Args:
+            stock: the stock arguments.
+            network: conditioned on every image.
+            first_latents: initial noise of each image.
+            unpack: as for `ShiftedVaeDecoder`.
+            kinds: as for `Prepared`.
         """
         images, *_ = self._latent_shape(stock)
         for side in (network.conditional, network.unconditional or network.conditional):
@@ -127,12 +151,75 @@ class TransformerFamily(MCTDPipeline):
             names = [name for i, name in enumerate(blocks) if i % -(-len(blocks) // 4) == 0]
         else:
             names = [name for name in blocks if name in self.ige.config["feature_channels"]]
-        rows_per_latent = 1 if isinstance(network, TwoCallNetwork) else network.rows_per_latent
-        preview = self.preview_vae and ShiftedVaeDecoder(self.preview_vae, unpack)
+        features = FeatureTap(
+            self.transformer,
+            rows_per_latent=1 if isinstance(network, TwoCallNetwork) else network.rows_per_latent,
+            conditional_first=network.positive_first,
+            names=names,
+        )
         return Prepared(
             network=network,
-            decoder=ShiftedVaeDecoder(self.vae, unpack),
-            preview=preview,
+            decoder=self._decoder(self.vae, unpack),
+            preview=self.preview_vae and self._decoder(self.preview_vae, unpack),
             first_latents=first_latents,
-            features=FeatureTap(self.transformer, rows_per_latent=rows_per_latent, names=names),
+            features=features,
+            kinds=kinds,
         )
+
+    def _decoder(self, vae: Any, unpack: Callable[[Tensor], Tensor] | None) -> VaeDecoder:
+        """What decodes by an autoencoder, or by one for previews."""
+        return ShiftedVaeDecoder(vae, unpack)
+
+    def _shift(self, tokens: int, max_shift: float = 1.15) -> float:
+        """How far the schedule is shifted for so many tokens, as the stock pipelines reckon it.
+
+        Args:
+            tokens: of an image.
+            max_shift: where the scheduler's config names none.
+        """
+        config = self.scheduler.config
+        shift: float = calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", max_shift),
+        )
+        return shift
+
+    def _set_sigmas(self, stock: dict[str, Any], sigmas: Any, **shift: float) -> None:
+        """Prepare the scheduler for these noise levels, or for its own where there are none."""
+        timesteps, _ = retrieve_timesteps(
+            self.scheduler,
+            stock["num_inference_steps"],
+            self._execution_device,
+            sigmas=sigmas,
+            **shift,
+        )
+        self._num_timesteps = len(timesteps)
+
+
+class PackedFamily(TransformerFamily):
+    """Base of the families whose latents are tokens, each of a patch of 2 by 2."""
+
+    def _latent_shape(self, stock: dict[str, Any]) -> tuple[int, ...]:
+        images = num_prompts(stock) * stock["num_images_per_prompt"]
+        rows, columns = (stock[side] // (2 * self.vae_scale_factor) for side in ("height", "width"))
+        return images, rows * columns, self.transformer.config.in_channels
+
+    @property
+    def _latent_channels(self) -> int:
+        return int(self.transformer.config.in_channels) // 4
+
+
+def falling_sigmas(steps: int) -> npt.NDArray[np.float64]:
+    """The noise levels that stock pipelines ask for, from 1 down, before they are shifted."""
+    return np.linspace(1.0, 1 / steps, steps)
+
+
+def padded(rows: Sequence[Float[Tensor, "tokens channels"]]) -> dict[str, Tensor]:
+    """Texts of any lengths as a batch, with their lengths, which stay on the host."""
+    return {
+        "encoder_hidden_states": pad_sequence(list(rows), batch_first=True),
+        "lengths": torch.tensor([len(row) for row in rows]),
+    }
