@@ -81,7 +81,8 @@ class SearchOptions:
             gain evaluator (`"ige"`, or `"ige:truncation_error"` and others).
         search_scheduler ([`SchedulerMixin`], *optional*, defaults to the pipeline's own):
             Scheduler of the search. Without it a pipeline's scheduler that cannot be branched is
-            replaced by DDIM made from its config, with a warning.
+            replaced, with a warning, by DDIM made from its config, or by FlowMatchEuler where the
+            model matches flows.
         wave_size (`int`, *optional*, defaults to that of the strategy):
             Nodes chosen on one snapshot of the tree and evaluated together.
         rows_per_call (`int`, *optional*, defaults to what fits the device and the size):
@@ -355,17 +356,17 @@ class Prepared:
         preview: decodes unfinished ones; ``None`` where there is no preview decoder.
         first_latents: initial noise of each image, by the stock ``prepare_latents``.
         features: a tap on the network's blocks.
-    """
         kinds: of each image, where a call of the network may hold images of one kind alone; see
             `Denoiser`.
+    """
 
     network: Network
     decoder: Decoder
     preview: Decoder | None
     first_latents: Float[Tensor, "images *sample"]
     features: FeatureTap
-
     kinds: Sequence[Hashable] | None = None
+
 
 @dataclass
 class _Counted:
@@ -467,8 +468,8 @@ class World:
             prices=self.prices,
             features=self.prepared.features if self.keeps_features else None,
             gain_model=self.strides.gain_model,
-        )
             kinds=self.prepared.kinds and [*self.prepared.kinds] * times,
+        )
 
     def problems(self, budget: Budget, *, first_index: int = 0) -> list[Problem]:
         """One problem an image, each with ``budget``."""

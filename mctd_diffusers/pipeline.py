@@ -30,7 +30,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 from huggingface_hub import CommitInfo, snapshot_download
 from PIL import Image
 from torch import Tensor
@@ -57,7 +63,7 @@ from mctd_diffusers.calls import (
 from mctd_diffusers.denoising.denoiser import chunks
 from mctd_diffusers.denoising.environment import LatentEnvironment
 from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, RewardFn
-from mctd_diffusers.denoising.scheduler_names import check_fits, scheduler_from
+from mctd_diffusers.denoising.scheduler_names import check_fits, levels_of_model, scheduler_from
 from mctd_diffusers.denoising.schedulers import check_scheduler
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError, SearchError, UnsupportedSchedulerError
@@ -123,14 +129,15 @@ from mctd_diffusers.search.with_plain import WithPlain
 logger = logging.getLogger(__name__)
 
 FAMILIES: dict[str, str] = {
+    "Flux2KleinPipeline": "mctd_diffusers.families.flux2_klein:MCTDFlux2KleinPipeline",
+    "Flux2Pipeline": "mctd_diffusers.families.flux2:MCTDFlux2Pipeline",
     "FluxPipeline": "mctd_diffusers.families.flux:MCTDFluxPipeline",
+    "QwenImagePipeline": "mctd_diffusers.families.qwen_image:MCTDQwenImagePipeline",
     "StableDiffusion3Pipeline": (
         "mctd_diffusers.families.stable_diffusion_3:MCTDStableDiffusion3Pipeline"
     ),
     "StableDiffusionPipeline": (
         "mctd_diffusers.families.stable_diffusion:MCTDStableDiffusionPipeline"
-    "Flux2KleinPipeline": "mctd_diffusers.families.flux2_klein:MCTDFlux2KleinPipeline",
-    "Flux2Pipeline": "mctd_diffusers.families.flux2:MCTDFlux2Pipeline",
     ),
     "StableDiffusionXLPipeline": (
         "mctd_diffusers.families.stable_diffusion_xl:MCTDStableDiffusionXLPipeline"
@@ -992,12 +999,15 @@ class MCTDPipeline(DiffusionPipeline):
         try:
             check_scheduler(self.scheduler)
         except UnsupportedSchedulerError as error:
-            scheduler: SchedulerMixin = scheduler_from(DDIMScheduler, self.scheduler.config)
+            config = self.scheduler.config
+            is_flow = levels_of_model(config) == "flow"
+            kind = FlowMatchEulerDiscreteScheduler if is_flow else DDIMScheduler
+            scheduler: SchedulerMixin = scheduler_from(kind, config)
             check_scheduler(scheduler)
             warnings.warn(
                 f"{type(self.scheduler).__name__} cannot be branched, so the search steps a "
-                f"DDIMScheduler made from its config ({str(error).splitlines()[0]}); name one with "
-                "search_scheduler=... to choose it yourself",
+                f"{kind.__name__} made from its config ({str(error).splitlines()[0]}); name one "
+                "with search_scheduler=... to choose it yourself",
                 stacklevel=7,
             )
             return scheduler
@@ -1101,6 +1111,10 @@ class MCTDPipeline(DiffusionPipeline):
         """
         return images, None
 
+    def _as_latents(self, latents: Tensor, decoder: Decoder) -> Tensor:
+        """Finished samples as the stock pipeline returns them for ``output_type="latent"``."""
+        return latents
+
     def _feature_channels(self) -> dict[str, int]:
         """What `LatentEnvironment.features` will give: names, and numbers of features of each.
 
@@ -1109,10 +1123,6 @@ class MCTDPipeline(DiffusionPipeline):
         return {}
 
     # Recipes and estimates
-
-    def _as_latents(self, latents: Tensor, decoder: Decoder) -> Tensor:
-        """Finished samples as the stock pipeline returns them for ``output_type="latent"``."""
-        return latents
 
     @torch.no_grad()
     def replay(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FasterCacheConfig, FluxPipeline
@@ -14,6 +15,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from peft import LoraConfig
 
 from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.search.environment import Asks
 from mctd_diffusers.search.moves import draw, finish_plainly, renoise
@@ -214,6 +216,50 @@ def test_low_rank_adapters_are_scaled_as_the_stock_pipeline_scales_them() -> Non
         pictures.append(ours.images)
     assert not torch.equal(pictures[0], pictures[1])
     assert not torch.equal(pictures[1], pictures[2])
+
+
+# Features of blocks
+
+
+def make_head(channels: dict[str, int]) -> InformationGainEvaluator:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        head = InformationGainEvaluator(
+            "FluxPipeline",
+            channels,
+            embedding_size=4,
+            hidden_size=8,
+            num_layers=1,
+            num_levels=3,
+            log_snr_range=(-20.0, 20.0),
+        )
+    head.jump_log_snr.copy_(torch.tensor([-6.0, 0.0, 6.0]))
+    head.jump_cost.fill_(0.5)
+    return head.eval()
+
+
+# Pure noise, where schedules of flows begin, is outside what any head knows.
+@pytest.mark.filterwarnings("ignore:log signal-to-noise ratios from -inf:UserWarning")
+def test_a_head_reads_the_blocks_that_it_names(stock: Any) -> None:
+    head = make_head({"block.1": 64, "estimate": 48})
+    pipe = MCTDPipeline.from_pipe(stock, reward_model=tiny.redness, ige=head)
+    world = pipe.open_world("a red cat", reads_features=True, **CALL)
+    none = np.zeros(1, dtype=np.int64)
+    handles = world.environment.reset(none, none)
+    world.environment.denoise(handles)
+    assert set(world.environment.features(handles)) == {"block.1", "estimate"}
+    call = {**CALL, "num_inference_steps": 8}
+    search = BestOfN(n=2, evaluations=5, stride_policy="ige:final_similarity")
+    prompts = ["a red cat", "two dogs"]
+    both = pipe(prompts, search=search, nfe_budget=10, generator=seeded(3, 4), **call)
+    alone = pipe(prompts[1:], search=search, nfe_budget=10, generator=seeded(4), **call)
+    assert not np.isnan(both.search[1].tree.predicted_error).all()
+    assert torch.equal(alone.images[0], both.images[1])
+
+
+def test_a_head_that_names_no_block_of_the_transformer_is_refused(stock: Any) -> None:
+    with pytest.raises(ConfigError, match=r"'block\.7': 64.*'block\.0': 64"):
+        MCTDPipeline.from_pipe(stock, ige=make_head({"block.7": 64}))
 
 
 # Few steps

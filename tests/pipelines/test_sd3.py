@@ -6,12 +6,16 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import (
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from peft import LoraConfig
 
-from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.errors import ConfigError, UnsupportedSchedulerError
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.search.strategies import BestOfN
 from tests.pipelines import tiny, tiny_sd3
@@ -136,6 +140,19 @@ def test_guidance_by_skipped_layers_is_refused_by_name(pipe: Any) -> None:
     assert not rows()
     plain = pipe("a red cat", skip_guidance_layers=[0], search=None, **CALL)
     assert plain.images.shape == (1, 3, 16, 16)
+
+
+def test_a_scheduler_that_cannot_be_branched_is_replaced_by_one_for_flows(stock: Any) -> None:
+    parts = stock.components | {"scheduler": FlowMapEulerDiscreteScheduler(shift=3.0)}
+    pipe = StableDiffusion3Pipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    ours = MCTDPipeline.from_pipe(pipe, reward_model=tiny.redness)
+    with pytest.warns(UserWarning, match="steps a FlowMatchEulerDiscreteScheduler made from its"):
+        out = best_of_one(ours, "a red cat", generator=seeded(0)[0], **CALL)
+    assert torch.equal(out.images, stock("a red cat", generator=seeded(0)[0], **CALL).images)
+    ours.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    with pytest.raises(UnsupportedSchedulerError, match="invert_sigmas=True"):
+        best_of_one(ours, "a red cat", **CALL)
 
 
 def test_a_schedule_that_noises_again_at_each_step_is_searched() -> None:
