@@ -104,6 +104,15 @@ def test_sizes_and_crops_change_the_picture(pipe: Any) -> None:
     assert not torch.equal(plain.images, cropped.images)
 
 
+def test_negative_sizes_are_those_of_the_negative_rows_in_a_batch_too(pipe: Any) -> None:
+    """The stock pipeline mixes them up with more than one image: it repeats (negative, positive)."""
+    sizes = {"negative_original_size": (8, 8), "negative_target_size": (64, 64)}
+    call = {**CALL, **sizes, "search": BestOfN(n=1), "rows_per_call": 2}
+    together = pipe(["a red cat", "two dogs"], generator=seeded(0, 1), **call)
+    alone = pipe(["two dogs"], generator=seeded(1), **call)
+    assert torch.equal(together.images[1], alone.images[0])
+
+
 @pytest.mark.parametrize("force_zeros", [True, False])
 def test_an_empty_negative_prompt_is_what_the_config_says(force_zeros: bool) -> None:
     components = tiny_xl.make_components()
@@ -252,45 +261,6 @@ def test_a_search_finishes_its_samples(stock: Any, pipe: Any) -> None:
     ours = pipe("a red cat", generator=seeded(0)[0], search=None, **call)
     assert torch.equal(ours.images, theirs.images)
     assert ours.nfe == [2]
-
-
-# LoRA
-
-
-def test_adapters_change_a_search_as_they_change_the_stock_pipeline() -> None:
-    from peft import LoraConfig
-
-    stock = tiny_xl.make_stock()
-    pipe = MCTDPipeline.from_pipe(stock, reward_model=tiny.redness)
-
-    def both(**call: Any) -> torch.Tensor:
-        theirs = stock("a red cat", generator=seeded(0)[0], **CALL, **call)
-        ours = best_of_one(pipe, "a red cat", generator=seeded(0)[0], **CALL, **call)
-        assert torch.equal(ours.images, theirs.images)
-        return ours.images
-
-    plain = both()
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    config = LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
-    text_config = LoraConfig(
-        r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        pipe.unet.add_adapter(config, "style")
-        pipe.text_encoder.add_adapter(text_config, "style")
-        pipe.text_encoder_2.add_adapter(text_config, "style")
-    adapted = both()
-    assert not torch.equal(adapted, plain)
-    scaled = both(cross_attention_kwargs={"scale": 0.5})
-    assert not torch.equal(scaled, adapted)
-    pipe.set_adapters("style", 0.25)
-    assert not torch.equal(both(), adapted)
-    pipe.disable_lora()
-    assert torch.equal(both(), plain)
-    pipe.enable_lora()
-    pipe.unload_lora_weights()
-    assert torch.equal(both(), plain)
 
 
 # Refusing
