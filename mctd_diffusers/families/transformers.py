@@ -189,13 +189,21 @@ class TransformerFamily(MCTDPipeline):
 
     def _set_sigmas(self, stock: dict[str, Any], sigmas: Any, **shift: float) -> None:
         """Prepare the scheduler for these noise levels, or for its own where there are none."""
-        timesteps, _ = retrieve_timesteps(
-            self.scheduler,
-            stock["num_inference_steps"],
-            self._execution_device,
-            sigmas=sigmas,
-            **shift,
-        )
+        try:
+            timesteps, _ = retrieve_timesteps(
+                self.scheduler,
+                stock["num_inference_steps"],
+                self._execution_device,
+                sigmas=sigmas,
+                **shift,
+            )
+        except AssertionError as error:
+            name = type(self.scheduler).__name__
+            raise ConfigError(
+                f"this pipeline shifts its schedule by mu={shift.get('mu')}, which {name} takes "
+                "only with use_dynamic_shifting=True and time_shift_type='exponential': set both, "
+                "or use FlowMatchEulerDiscreteScheduler"
+            ) from error
         self._num_timesteps = len(timesteps)
 
 

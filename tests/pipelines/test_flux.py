@@ -9,7 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from diffusers import FasterCacheConfig, FluxPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FasterCacheConfig,
+    FluxPipeline,
+    UniPCMultistepScheduler,
+)
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from peft import LoraConfig
@@ -101,6 +106,37 @@ def test_stock_arguments_keep_their_meaning_in_a_search(
     assert torch.equal(ours.images, theirs.images)
     replayed = pipe.replay(ours.search[0].recipe)
     assert torch.equal(replayed.latents, ours.search[0].latents[0])
+
+
+DYNAMIC = {"use_dynamic_shifting": True, "time_shift_type": "exponential"}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [DPMSolverMultistepScheduler(**FLOW, **DYNAMIC), UniPCMultistepScheduler(**FLOW, **DYNAMIC)],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_other_solvers_of_flows_are_set_up_as_the_stock_pipeline_does(
+    stock: Any, scheduler: Any
+) -> None:
+    theirs = FluxPipeline(**stock.components | {"scheduler": scheduler})
+    theirs.set_progress_bar_config(disable=True)
+    pipe = MCTDPipeline.from_pipe(theirs, reward_model=tiny.redness)
+    call = {**CALL, "num_inference_steps": 6}
+    ours = best_of_one(pipe, "a red cat", generator=seeded(0)[0], **call)
+    images = theirs("a red cat", generator=seeded(0)[0], **call).images
+    assert torch.equal(ours.images, images)
+    out = pipe("a red cat", search="mctd", compute=4, generator=seeded(0)[0], **call)
+    assert pipe.replay(out.search[0].recipe).reward == out.rewards[0]
+
+
+def test_a_solver_that_cannot_be_shifted_is_refused_by_name(pipe: Any) -> None:
+    solver = DPMSolverMultistepScheduler(**FLOW)
+    with pytest.raises(
+        ConfigError, match=r"mu=0\.\d+, which DPMSolverMultistepScheduler takes only"
+    ):
+        pipe("a red cat", search_scheduler=solver, **CALL)
 
 
 def test_there_is_nothing_to_scale_where_guidance_is_an_input(pipe: Any) -> None:

@@ -7,9 +7,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from diffusers import (
+    DPMSolverMultistepScheduler,
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
 )
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
@@ -26,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
 ]
 
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 PROMPTS = ["a red cat", "two dogs"]
 CALL: dict[str, Any] = {
     "num_inference_steps": 4,
@@ -153,6 +157,31 @@ def test_a_scheduler_that_cannot_be_branched_is_replaced_by_one_for_flows(stock:
     ours.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     with pytest.raises(UnsupportedSchedulerError, match="invert_sigmas=True"):
         best_of_one(ours, "a red cat", **CALL)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchHeunDiscreteScheduler(shift=3.0),
+        DPMSolverMultistepScheduler(**FLOW, flow_shift=3.0),
+        UniPCMultistepScheduler(**FLOW, flow_shift=3.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_best_of_one_is_the_stock_picture_of_other_solvers_of_flows(
+    stock: Any, scheduler: Any
+) -> None:
+    theirs = StableDiffusion3Pipeline(**stock.components | {"scheduler": scheduler})
+    theirs.set_progress_bar_config(disable=True)
+    pipe = MCTDPipeline.from_pipe(theirs, reward_model=tiny.redness)
+    call = {**CALL, "num_inference_steps": 6}
+    ours = best_of_one(pipe, "a red cat", generator=seeded(0)[0], **call)
+    images = theirs("a red cat", generator=seeded(0)[0], **call).images
+    assert torch.equal(ours.images, images)
+    with counted_rows(pipe.transformer) as rows:
+        out = pipe("a red cat", compute=4, generator=seeded(0)[0], **call)
+        assert out.ledger.total.rows + out.ledger.total.padded_rows == sum(rows())
+    assert pipe.replay(out.search[0].recipe).reward == out.rewards[0]
 
 
 def test_a_schedule_that_noises_again_at_each_step_is_searched() -> None:
