@@ -104,11 +104,16 @@ def test_sizes_and_crops_change_the_picture(pipe: Any) -> None:
     assert not torch.equal(plain.images, cropped.images)
 
 
-def test_negative_sizes_are_those_of_the_negative_rows_in_a_batch_too(pipe: Any) -> None:
-    """The stock pipeline mixes them up with more than one image: it repeats (negative, positive)."""
+def test_negative_sizes_are_those_of_the_negative_rows_in_a_batch_too(
+    stock: Any, pipe: Any
+) -> None:
+    """The stock pipeline mixes them up: for several images it repeats (negative, positive)."""
     sizes = {"negative_original_size": (8, 8), "negative_target_size": (64, 64)}
     call = {**CALL, **sizes, "search": BestOfN(n=1), "rows_per_call": 2}
-    together = pipe(["a red cat", "two dogs"], generator=seeded(0, 1), **call)
+    prompts = ["a red cat", "two dogs"]
+    together = pipe(prompts, generator=seeded(0, 1), **call)
+    theirs = stock(prompts, generator=seeded(0, 1), **CALL, **sizes)
+    assert not torch.equal(together.images, theirs.images)
     alone = pipe(["two dogs"], generator=seeded(1), **call)
     assert torch.equal(together.images[1], alone.images[0])
 
