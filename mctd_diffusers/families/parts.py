@@ -176,8 +176,13 @@ class VaeDecoder:
         self, latents: Float[Tensor, "batch *sample"]
     ) -> Float[Tensor, "batch 3 rows columns"]:
         """Images in [0, 1]."""
-        images = self.vae.decode(self.unscaled(latents.to(self.vae.dtype)), return_dict=False)[0]
+        images = self.decoded(self.unscaled(latents.to(self.vae.dtype)))
         return (images * 0.5 + 0.5).clamp(0, 1)
+
+    def decoded(self, latents: Tensor) -> Float[Tensor, "batch 3 rows columns"]:
+        """What the autoencoder makes of its latents: images in [-1, 1]."""
+        images: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        return images
 
     def unscaled(
         self, latents: Float[Tensor, "batch *sample"]

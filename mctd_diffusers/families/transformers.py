@@ -225,7 +225,7 @@ def falling_sigmas(steps: int) -> npt.NDArray[np.float64]:
     return np.linspace(1.0, 1 / steps, steps)
 
 
-def padded(rows: Sequence[Float[Tensor, "tokens channels"]]) -> dict[str, Tensor]:
+def padded(rows: Sequence[Float[Tensor, "_ channels"]]) -> dict[str, Tensor]:
     """Texts of any lengths as a batch, with their lengths, which stay on the host."""
     return {
         "encoder_hidden_states": pad_sequence(list(rows), batch_first=True),

@@ -1,0 +1,3 @@
+"""Qwen-Image, searched; for ``custom_pipeline=``."""
+
+from mctd_diffusers.families.qwen_image import MCTDQwenImagePipeline  # noqa: F401
