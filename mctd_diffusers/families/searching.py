@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 
 from mctd_diffusers.calls import SearchOptions
+from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.results import MCTDPipelineOutput
@@ -50,9 +51,17 @@ def searches(stock: type[DiffusionPipeline]) -> Callable[[Family], Family]:
           those of the stock pipeline with the preview decoder, which is offloaded before the full
           one, and the information gain evaluator, which is small and called between calls of the
           network, and so stays on the accelerator.
+
+    Raises:
+        ConfigError: the class that is decorated does not inherit from ``stock``.
     """
 
     def decorate(family: Family) -> Family:
+        if not issubclass(family, stock):
+            raise ConfigError(
+                f"{family.__name__} searches {stock.__name__} and does not inherit from it: write "
+                f"class {family.__name__}(MCTDPipeline, {stock.__name__})"
+            )
         made = {
             "stock_class": stock,
             "__init__": _named(_make_init(stock), family, _init_signature(stock), _init_doc(stock)),

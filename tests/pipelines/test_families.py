@@ -121,6 +121,15 @@ def test_what_a_family_says_itself_is_left_alone() -> None:
     assert Own.__call__.__qualname__.endswith("Own.__call__")
 
 
+def test_a_family_inherits_from_what_it_searches() -> None:
+    class Lost(MCTDPipeline):
+        """A family that forgot its stock pipeline."""
+
+    complaint = r"write class Lost\(MCTDPipeline, StableDiffusionPipeline\)"
+    with pytest.raises(ConfigError, match=complaint):
+        searches(StableDiffusionPipeline)(Lost)
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
