@@ -142,6 +142,7 @@ FAMILIES: dict[str, str] = {
     "StableDiffusionXLPipeline": (
         "mctd_diffusers.families.stable_diffusion_xl:MCTDStableDiffusionXLPipeline"
     ),
+    "ZImagePipeline": "mctd_diffusers.families.z_image:MCTDZImagePipeline",
 }
 """Stock class name -> 'module:class' of the family that searches it."""
 

@@ -82,8 +82,8 @@ class MCTDQwenImagePipeline(PackedFamily, QwenImagePipeline):
     def _check_inputs(self, stock: dict[str, Any]) -> None:
         if self.transformer.config.guidance_embeds:
             raise ConfigError(
-                "the transformer takes guidance as an input, which none of Qwen-Image does yet: call "
-                "with search=None"
+                "the transformer takes guidance as an input, which none of Qwen-Image does yet: "
+                "call with search=None"
             )
         super()._check_inputs(stock)
 
