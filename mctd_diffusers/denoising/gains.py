@@ -22,7 +22,7 @@ from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.environment import Action, Gains, Handles
 from mctd_diffusers.search.seeding import child_seed
-from mctd_diffusers.search.stride_policies import Costs, StridePolicy, gain_costs
+from mctd_diffusers.search.stride_policies import PURE_NOISE, Costs, StridePolicy, gain_costs
 from mctd_diffusers.search.tree import STEP
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _log_snr_of(
     stepper: Stepper, step_indices: Sequence[int], strides: Sequence[int]
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch strides"]]:
     """Log-SNR of samples, and of where strides lead; NaN where they lead past the end."""
-    levels = torch.cat([stepper.log_snr, torch.tensor([torch.nan])])
+    levels = torch.cat([stepper.log_snr.clamp(min=PURE_NOISE), torch.tensor([torch.nan])])
     here = torch.tensor(list(step_indices))
     there = here[:, None] + torch.tensor(list(strides))
     return levels[here], levels[there.clamp(max=stepper.num_steps + 1)]

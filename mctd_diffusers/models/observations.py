@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 
 from mctd_diffusers.models.calibration import Calibration
 from mctd_diffusers.search.environment import Handles
+from mctd_diffusers.search.stride_policies import PURE_NOISE
 from mctd_diffusers.search.tree import NO_PARENT, STEP, Tree
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -233,7 +234,7 @@ def observe(
     values = np.empty(len(groups), object)
     for row, group in enumerate(groups):
         values[row] = worth[list(group.children)]
-    levels = np.asarray(log_snr, np.float64)
+    levels = np.maximum(np.asarray(log_snr, np.float64), PURE_NOISE)
     return Observations(
         image=np.full(len(groups), tree.root_seed, np.int64),
         prompt=np.full(len(groups), prompt),

@@ -40,6 +40,11 @@ where a jump may not be taken."""
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 TARGETS: Final[tuple[Target, ...]] = get_args(Target)
+PURE_NOISE: Final = -20.0
+"""Log-SNR that predictions know noise without any signal by, with which schedules of flows begin.
+
+Below that of all others: the noisiest of an Euler with zero terminal SNR is at -16.6.
+"""
 _BLIND: Final = ("uniform", "random", "fixed:k")
 _TABLES: Final = ("ays", "gits")
 _PREDICTING: Final = ("x0hat", "oracle", "ige")

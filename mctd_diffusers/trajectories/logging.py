@@ -176,7 +176,7 @@ def open_shard(pipe: MCTDPipeline, settings: LogSettings, shard: Shard) -> World
         [settings.prompts[prompt] for prompt in shard.prompts],
         num_inference_steps=shard.num_steps * shard.refinement,
         guidance_scale=settings.guidance_scale,
-        eta=named.eta or 0.0,
+        **({"eta": named.eta} if named.eta else {}),  # not all pipelines take one
         generator=[torch.Generator().manual_seed(seed) for seed in shard.seeds],
         search_scheduler=named.scheduler,
         rows_per_call=settings.rows_per_call,

@@ -12,6 +12,7 @@ from torch import Tensor
 from mctd_diffusers.denoising.environment import LatentEnvironment
 from mctd_diffusers.errors import SearchError
 from mctd_diffusers.search.environment import FIRST_DRAW, Action, Handles
+from mctd_diffusers.search.stride_policies import PURE_NOISE
 from mctd_diffusers.trajectories.plan import LogSettings, Shard, class_and_settings, number_of
 
 
@@ -249,7 +250,7 @@ class _Run:
             "guidance_scale": settings.guidance_scale,
             "latent_shape": list(self.world.sample_shape),
             "timestep": stepper.timesteps[grid[:-1]].float().numpy(),
-            "log_snr": stepper.log_snr[grid].numpy(),
+            "log_snr": stepper.log_snr[grid].clamp(min=PURE_NOISE).numpy(),
         }
         return {
             "index": list(shard.rows),

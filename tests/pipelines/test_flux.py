@@ -274,8 +274,6 @@ def make_head(channels: dict[str, int]) -> InformationGainEvaluator:
     return head.eval()
 
 
-# Pure noise, where schedules of flows begin, is outside what any head knows.
-@pytest.mark.filterwarnings("ignore:log signal-to-noise ratios from -inf:UserWarning")
 def test_a_head_reads_the_blocks_that_it_names(stock: Any) -> None:
     head = make_head({"block.1": 64, "estimate": 48})
     pipe = MCTDPipeline.from_pipe(stock, reward_model=tiny.redness, ige=head)

@@ -14,8 +14,10 @@ from datasets import List, Value, load_dataset
 from mctd_diffusers.denoising.scheduler_names import read_scheduler
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.pipeline import MCTDPipeline
+from mctd_diffusers.search.stride_policies import PURE_NOISE
 from mctd_diffusers.trajectories import plan
 from mctd_diffusers.trajectories.card import write_card
+from mctd_diffusers.trajectories.dataset import read_log
 from mctd_diffusers.trajectories.files import shard_path, whole_splits
 from mctd_diffusers.trajectories.logging import (
     estimate_log,
@@ -23,6 +25,7 @@ from mctd_diffusers.trajectories.logging import (
     log_trajectories,
 )
 from mctd_diffusers.trajectories.plan import nfe_of, shard_of
+from tests.pipelines import tiny, tiny_sd3
 from tests.trajectories.tiny_logs import files_of, make_pipe, make_settings, read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -247,3 +250,14 @@ def _bytes_in(row: dict[str, Any]) -> int:
 
 def test_shards_have_names_that_datasets_reads() -> None:
     assert shard_path(Path("log"), "train", 12, 64).name == "train-00012-of-00064.parquet"
+
+
+def test_flows_are_logged_from_pure_noise_on(tmp_path: Path) -> None:
+    pipe = MCTDPipeline.from_pipe(tiny_sd3.make_stock(), reward_model=tiny.redness)
+    settings = make_settings(schedulers=("FlowEuler",), num_trajectories=2)
+    assert list(log_trajectories(pipe, settings, tmp_path)) == [0]
+    log = read_log(tmp_path)
+    levels = log.splits["train"].states.log_snr
+    assert levels.min() == PURE_NOISE
+    assert levels[levels > PURE_NOISE].min() > -10
+    assert log.feature_channels == {"block.0": 32, "block.1": 32, "estimate": 12}
