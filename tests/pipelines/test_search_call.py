@@ -408,7 +408,7 @@ def test_a_scheduler_that_is_named_is_used_or_refused(pipe: MCTDPipeline) -> Non
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
         ({"output_type": "jpeg"}, "output_type='jpeg'"),
         ({"negative_prompt": ["a", "b"]}, "prompt is a str and negative_prompt a list"),
-        ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "2 prompts and 1 negative"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "2 prompts and negative_prompt has 1"),
         ({"prompt": []}, r"prompt=\[\]"),
         ({"prompt": None}, "prompt"),
         ({"eta": 2.0}, "eta"),
