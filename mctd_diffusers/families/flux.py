@@ -16,7 +16,7 @@ from mctd_diffusers.families.transformers import (
     READERS,
     PackedFamily,
     TwoCallNetwork,
-    falling_sigmas,
+    negative_of,
 )
 
 
@@ -35,12 +35,8 @@ class MCTDFluxPipeline(PackedFamily, FluxPipeline):
     ]
 
     def _set_timesteps(self, stock: dict[str, Any]) -> None:
-        sigmas = stock["sigmas"]
-        if self.scheduler.config.get("use_flow_sigmas"):
-            sigmas = None
-        elif sigmas is None:
-            sigmas = falling_sigmas(stock["num_inference_steps"])
-        self._set_sigmas(stock, sigmas, mu=self._shift(self._latent_shape(stock)[1]))
+        shift = self._shift(self._latent_shape(stock)[1])
+        self._set_sigmas(stock, self._requested_sigmas(stock), mu=shift)
 
     def _prepare(
         self, stock: dict[str, Any], prompts_per_call: int, draws: int | None = None
@@ -54,12 +50,7 @@ class MCTDFluxPipeline(PackedFamily, FluxPipeline):
         )
         unconditional = None
         if stock["true_cfg_scale"] > 1 and has_negative:
-            prompts = {
-                name.removeprefix("negative_"): part
-                for name, part in stock.items()
-                if name.startswith("negative_")
-            }
-            unconditional = self._conditioning(stock | prompts, prompts_per_call, negative)
+            unconditional = self._conditioning(negative_of(stock), prompts_per_call, negative)
         dtype = conditional["encoder_hidden_states"].dtype
         first_latents, image_ids = self._first_latents(stock, draws, dtype)
 
@@ -82,14 +73,8 @@ class MCTDFluxPipeline(PackedFamily, FluxPipeline):
             )[0]
             return output
 
-        def unpack(latents: Tensor) -> Tensor:
-            unpacked: Tensor = self._unpack_latents(
-                latents, stock["height"], stock["width"], self.vae_scale_factor
-            )
-            return unpacked
-
         network = TwoCallNetwork(denoise, conditional, unconditional, stock["true_cfg_scale"])
-        return self._prepared(stock, network, first_latents, unpack)
+        return self._prepared(stock, network, first_latents, self._unpacking(stock))
 
     def _conditioning(
         self, stock: dict[str, Any], prompts_per_call: int, image_embeds: list[Tensor] | None

@@ -17,10 +17,8 @@ from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.families.parts import VaeDecoder, call_by_names, encoded_in_calls
 from mctd_diffusers.families.searching import searches
 from mctd_diffusers.families.transformers import (
-    READERS,
-    TransformerFamily,
+    PackedFamily,
     TwoCallNetwork,
-    falling_sigmas,
 )
 
 
@@ -50,7 +48,7 @@ class PatchDecoder(VaeDecoder):
         return self.unpatchify(patches)
 
 
-class Flux2Family(TransformerFamily):
+class Flux2Family(PackedFamily):
     """What both share: patches of latents as tokens, and pictures to refer to."""
 
     def _fill_in(self, stock: dict[str, Any]) -> None:
@@ -80,18 +78,10 @@ class Flux2Family(TransformerFamily):
         rows, columns = (stock[side] // (2 * self.vae_scale_factor) for side in ("height", "width"))
         return images, self.transformer.config.in_channels, rows, columns
 
-    @property
-    def _latent_channels(self) -> int:
-        return int(self.transformer.config.in_channels) // 4
-
     def _set_timesteps(self, stock: dict[str, Any]) -> None:
-        sigmas, steps = stock["sigmas"], stock["num_inference_steps"]
-        if self.scheduler.config.get("use_flow_sigmas"):
-            sigmas = None
-        elif sigmas is None:
-            sigmas = falling_sigmas(steps)
         rows, columns = self._latent_shape(stock)[-2:]
-        self._set_sigmas(stock, sigmas, mu=compute_empirical_mu(rows * columns, steps))
+        shift = compute_empirical_mu(rows * columns, stock["num_inference_steps"])
+        self._set_sigmas(stock, self._requested_sigmas(stock), mu=shift)
 
     def _prepare(
         self, stock: dict[str, Any], prompts_per_call: int, draws: int | None = None
@@ -152,7 +142,7 @@ class MCTDFlux2Pipeline(Flux2Family, Flux2Pipeline):
     transformer, so there is nothing for a search to scale, and one NFE is one row.
     """
 
-    _optional_components: ClassVar[list[str]] = [*READERS, "preview_vae", "ige"]
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "preview_vae", "ige"]
 
     def _check_inputs(self, stock: dict[str, Any]) -> None:
         if stock["caption_upsample_temperature"]:

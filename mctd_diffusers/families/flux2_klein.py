@@ -9,10 +9,10 @@ from torch import Tensor
 
 from mctd_diffusers.calls import num_prompts
 from mctd_diffusers.denoising.protocols import Decoder
+from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.families.flux2 import Flux2Family
 from mctd_diffusers.families.parts import VaeDecoder
 from mctd_diffusers.families.searching import searches
-from mctd_diffusers.families.transformers import READERS
 
 
 @searches(Flux2KleinPipeline)
@@ -22,7 +22,17 @@ class MCTDFlux2KleinPipeline(Flux2Family, Flux2KleinPipeline):
     Its first argument is `image`: give the prompt by name.
     """
 
-    _optional_components: ClassVar[list[str]] = [*READERS, "preview_vae", "ige"]
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "preview_vae", "ige"]
+
+    def _check_inputs(self, stock: dict[str, Any]) -> None:
+        super()._check_inputs(stock)
+        if not self.do_classifier_free_guidance or stock["negative_prompt_embeds"] is not None:
+            return
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ConfigError(
+                "guidance needs an empty prompt, and the pipeline has nothing to read it with: "
+                "load it with text_encoder=... and tokenizer=..., or pass negative_prompt_embeds"
+            )
 
     def _negative(self, stock: dict[str, Any], prompts_per_call: int) -> dict[str, Any] | None:
         if not self.do_classifier_free_guidance:

@@ -17,10 +17,10 @@ from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.families.parts import VaeDecoder, call_by_names, encoded_in_calls
 from mctd_diffusers.families.searching import searches
 from mctd_diffusers.families.transformers import (
-    READERS,
     PackedFamily,
     TwoCallNetwork,
     falling_sigmas,
+    negative_of,
     padded,
 )
 
@@ -77,7 +77,7 @@ class MCTDQwenImagePipeline(PackedFamily, QwenImagePipeline):
     Texts are not padded: each call of the transformer holds prompts of one length alone.
     """
 
-    _optional_components: ClassVar[list[str]] = [*READERS, "preview_vae", "ige"]
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "preview_vae", "ige"]
 
     def _check_inputs(self, stock: dict[str, Any]) -> None:
         if self.transformer.config.guidance_embeds:
@@ -100,8 +100,7 @@ class MCTDQwenImagePipeline(PackedFamily, QwenImagePipeline):
         unconditional = None
         negatives = ("negative_prompt", "negative_prompt_embeds")
         if stock["true_cfg_scale"] > 1 and any(stock[name] is not None for name in negatives):
-            prompts = {name[9:]: part for name, part in stock.items() if name[:9] == "negative_"}
-            unconditional = self._conditioning(stock | prompts)
+            unconditional = self._conditioning(negative_of(stock))
         sides = [side for side in (conditional, unconditional) if side is not None]
         first_latents = self._first_latents(
             stock, draws, conditional["encoder_hidden_states"].dtype
@@ -126,10 +125,7 @@ class MCTDQwenImagePipeline(PackedFamily, QwenImagePipeline):
             return output
 
         def unpack(latents: Tensor) -> Tensor:
-            unpacked: Tensor = self._unpack_latents(
-                latents, stock["height"], stock["width"], self.vae_scale_factor
-            )
-            return unpacked[:, :, 0]
+            return self._unpacking(stock)(latents)[:, :, 0]
 
         network = RescaledTokens(denoise, conditional, unconditional, stock["true_cfg_scale"])
         kinds = [side[name].tolist() for side in sides for name in ("lengths", "whole")]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from mctd_diffusers.calls import Prepared, num_prompts
+from mctd_diffusers.calls import Prepared
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.families.parts import GuidedNetwork, call_by_names, encoded_in_calls
 from mctd_diffusers.families.searching import searches
@@ -32,11 +32,6 @@ class MCTDStableDiffusion3Pipeline(TransformerFamily, StableDiffusion3Pipeline):
                 "with search=None"
             )
         super()._check_inputs(stock)
-
-    def _latent_shape(self, stock: dict[str, Any]) -> tuple[int, ...]:
-        images = num_prompts(stock) * stock["num_images_per_prompt"]
-        rows, columns = (stock[side] // self.vae_scale_factor for side in ("height", "width"))
-        return images, self.transformer.config.in_channels, rows, columns
 
     def _set_timesteps(self, stock: dict[str, Any]) -> None:
         patch = self.transformer.config.patch_size

@@ -100,6 +100,11 @@ class TransformerFamily(MCTDPipeline):
                 "one sample to another: call pipe.transformer.disable_cache() first"
             )
 
+    def _latent_shape(self, stock: dict[str, Any]) -> tuple[int, ...]:
+        images = num_prompts(stock) * stock["num_images_per_prompt"]
+        rows, columns = (stock[side] // self.vae_scale_factor for side in ("height", "width"))
+        return images, self.transformer.config.in_channels, rows, columns
+
     def _first_latents(self, stock: dict[str, Any], draws: int | None, dtype: torch.dtype) -> Any:
         """What the stock ``prepare_latents`` makes; see `_prepare` for ``draws``."""
         images, *_ = self._latent_shape(stock)
@@ -187,6 +192,14 @@ class TransformerFamily(MCTDPipeline):
         )
         return shift
 
+    def _requested_sigmas(self, stock: dict[str, Any]) -> Any:
+        """Those of the call, or falling ones; ``None`` for a scheduler that has its own."""
+        if self.scheduler.config.get("use_flow_sigmas"):
+            return None
+        if stock["sigmas"] is None:
+            return falling_sigmas(stock["num_inference_steps"])
+        return stock["sigmas"]
+
     def _set_sigmas(self, stock: dict[str, Any], sigmas: Any, **shift: float) -> None:
         """Prepare the scheduler for these noise levels, or for its own where there are none."""
         try:
@@ -218,6 +231,19 @@ class PackedFamily(TransformerFamily):
     @property
     def _latent_channels(self) -> int:
         return int(self.transformer.config.in_channels) // 4
+
+    def _unpacking(self, stock: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        """What makes latents of tokens, by the stock code."""
+        rows, columns = stock["height"], stock["width"]
+        return lambda tokens: self._unpack_latents(tokens, rows, columns, self.vae_scale_factor)
+
+
+def negative_of(stock: dict[str, Any]) -> dict[str, Any]:
+    """The stock arguments with what they say of negative prompts said of the prompts."""
+    sign = "negative_"
+    return stock | {
+        name.removeprefix(sign): given for name, given in stock.items() if name.startswith(sign)
+    }
 
 
 def falling_sigmas(steps: int) -> npt.NDArray[np.float64]:

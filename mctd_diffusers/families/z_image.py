@@ -12,11 +12,11 @@ from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sig
 from jaxtyping import Float
 from torch import Tensor
 
-from mctd_diffusers.calls import Prepared, num_prompts
+from mctd_diffusers.calls import Prepared
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.families.parts import GuidedNetwork, call_by_names, encoded_in_calls
 from mctd_diffusers.families.searching import searches
-from mctd_diffusers.families.transformers import READERS, TransformerFamily, padded
+from mctd_diffusers.families.transformers import TransformerFamily, padded
 
 
 @dataclass
@@ -54,7 +54,7 @@ class MCTDZImagePipeline(TransformerFamily, ZImagePipeline):
     of one padded length alone.
     """
 
-    _optional_components: ClassVar[list[str]] = [*READERS, "preview_vae", "ige"]
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "preview_vae", "ige"]
     default_size: ClassVar[int] = 1024
 
     def _fill_in(self, stock: dict[str, Any]) -> None:
@@ -78,11 +78,6 @@ class MCTDZImagePipeline(TransformerFamily, ZImagePipeline):
                 f"cfg_truncation={stock['cfg_truncation']} ends guidance at some step, and a "
                 "search guides all: leave it at 1, or call with search=None"
             )
-
-    def _latent_shape(self, stock: dict[str, Any]) -> tuple[int, ...]:
-        images = num_prompts(stock) * stock["num_images_per_prompt"]
-        rows, columns = (stock[side] // self.vae_scale_factor for side in ("height", "width"))
-        return images, self.transformer.in_channels, rows, columns
 
     @property
     def _block_channels(self) -> int:

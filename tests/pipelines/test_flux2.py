@@ -122,3 +122,22 @@ def test_prompts_that_the_text_encoder_would_write_are_refused() -> None:
     ):
         Flux2Tests.run(pipe, caption_upsample_temperature=0.15)
     assert not rows()
+
+
+def test_embeddings_are_enough_without_a_text_encoder(stock: Any) -> None:
+    embeds, _ = stock.encode_prompt(
+        ["a red cat", ""], max_sequence_length=20, text_encoder_out_layers=tiny_flux2.LAYERS
+    )
+    pipe = MCTDPipeline.from_pipe(
+        stock, reward_model=tiny.redness, text_encoder=None, tokenizer=None
+    )
+    call = {"search": "best_of_n", "compute": 1, "rows_per_call": 1, "reward_prompt": ""}
+    given = {"prompt_embeds": embeds[:1]}
+    with (
+        counted_rows(pipe.transformer) as rows,
+        pytest.raises(ConfigError, match="guidance needs an empty prompt"),
+    ):
+        Flux2Tests.run(pipe, None, **given, **call)
+    assert not rows()
+    ours = Flux2Tests.run(pipe, None, **given, negative_prompt_embeds=embeds[1:], **call)
+    assert ours.images.shape == (1, 3, 16, 16)
