@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from diffusers import ZImagePipeline
@@ -94,6 +95,29 @@ def test_an_image_does_not_depend_on_how_long_the_other_prompts_are(pipe: Any) -
         alone = ZImageTests.run(pipe, [prompt], 3 + row, **call)
         assert torch.equal(alone.images[0], together.images[row])
         assert alone.nfe[0] == together.nfe[row]
+
+
+def test_the_plain_sample_is_made_beside_a_search(stock: Any, pipe: Any) -> None:
+    prompts = ["a red cat", LONG]
+    call = {"search": "mctd", "compute": 3, "rows_per_call": 1, "include_plain": True}
+    out = ZImageTests.run(pipe, prompts, 3, 4, **call)
+    for row, prompt in enumerate(prompts):
+        theirs = ZImageTests.run(stock, [prompt], 3 + row)
+        assert torch.equal(out.plain.images[row], theirs.images[0])
+
+
+def test_features_are_those_of_the_positive_rows(pipe: Any) -> None:
+    call = {"prompt": "a red cat", "num_inference_steps": 4, "latents": torch.ones(1, 4, 8, 8)}
+    none = np.zeros(1, dtype=np.int64)
+    features = []
+    for scale, negative in ((0.0, None), (5.0, "grey"), (5.0, "a blue hat")):
+        given = {**call, **SIZE, "guidance_scale": scale, "negative_prompt": negative}
+        environment = pipe.open_world(reads_features=True, **given).environment
+        handles = environment.reset(none, none)
+        environment.denoise(handles)
+        features.append(environment.features(handles)["block.1"])
+    for guided in features[1:]:
+        torch.testing.assert_close(guided, features[0], rtol=1e-4, atol=1e-4)
 
 
 def test_embeddings_of_the_user_are_taken_as_the_stock_takes_them(stock: Any, pipe: Any) -> None:
