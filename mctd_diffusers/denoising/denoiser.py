@@ -235,11 +235,12 @@ class Denoiser:
             states: where each stands.
             problems: the image of each, whose conditioning and account it is.
         """
-        if self.kinds is None:
-            return self._evaluate(latents, states, problems)
         groups: dict[Hashable, list[int]] = {}
         for row, problem in enumerate(problems):
-            groups.setdefault(self.kinds[problem], []).append(row)
+            kind = None if self.kinds is None else self.kinds[problem]
+            groups.setdefault(kind, []).append(row)
+        if len(groups) == 1:
+            return self._evaluate(latents, states, problems)
         evaluation = _together(
             [
                 self._evaluate(
