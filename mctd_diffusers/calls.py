@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mctd_diffusers.denoising.denoiser import FeatureTap, synchronize
-from mctd_diffusers.denoising.environment import LatentEnvironment, measure_prices
+from mctd_diffusers.denoising.environment import LatentEnvironment, measure_prices, within_memory
 from mctd_diffusers.denoising.gains import NO_STRIDE_PARTS, GainHead, StrideParts, stride_parts
 from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, Network, Outputs
 from mctd_diffusers.denoising.stepper import Stepper
@@ -376,8 +376,9 @@ class _Counted:
     rows: int = 0
 
     def __call__(self, batch: Tensor, *rest: Any) -> Any:
+        answer = self.function(batch, *rest)
         self.rows += len(batch)
-        return self.function(batch, *rest)
+        return answer
 
 
 @dataclass
@@ -411,6 +412,7 @@ class World:
         reward: checked.
         prompts: that the reward reads, one an image.
         rows_per_call: latents in every call.
+        rows_by_phase: the same for single phases, as for `LatentEnvironment`.
         settings: the shared part of each image's recipes.
         prices: measured beforehand; all 0 where nothing is decided by them.
         with_plain: whether the plain samples are made beside the search, as problems of their own.
@@ -431,6 +433,7 @@ class World:
     reads_features: bool = False
     strides: StrideParts = NO_STRIDE_PARTS
     head: str | None = None
+    rows_by_phase: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def keeps_features(self) -> bool:
@@ -465,6 +468,7 @@ class World:
             prompts=self.prompts * times,
             first_latents=torch.cat([self.prepared.first_latents] * times),
             rows_per_call=self.rows_per_call,
+            rows_by_phase=self.rows_by_phase,
             prices=self.prices,
             features=self.prepared.features if self.keeps_features else None,
             gain_model=self.strides.gain_model,
@@ -533,16 +537,24 @@ class World:
     def seconds_per_row(self) -> float:
         """Seconds of one row through the network, at the rows of a full call."""
         first, network = self.prepared.first_latents[:1], self.prepared.network
-        rows = [0] * self.rows_per_call
-        batch = first.expand(self.rows_per_call, *first.shape[1:]).contiguous()
-        inputs, timesteps = self.stepper.network_input(
-            batch, [self.stepper.initial_state()] * self.rows_per_call
-        )
-        started = time.perf_counter()
-        network(inputs, timesteps, rows)
-        synchronize(batch.device)
-        seconds = time.perf_counter() - started
-        return seconds / (self.rows_per_call * network.rows_per_latent)
+
+        def measure(size: int) -> float:
+            batch = first.expand(size, *first.shape[1:]).contiguous()
+            states = [self.stepper.initial_state()] * size
+            inputs, timesteps = self.stepper.network_input(batch, states)
+            started = time.perf_counter()
+            network(inputs, timesteps, [0] * size)
+            synchronize(batch.device)
+            return (time.perf_counter() - started) / (size * network.rows_per_latent)
+
+        return within_memory(self.rows_per_call, first.device, measure)
+
+    def recipe_settings(self, image: int) -> dict[str, Any]:
+        """The part of an image's recipes that they share, with the sizes that calls really had."""
+        settings, sizes = self.settings[image], self.environment.ledger.rows_by_phase
+        if all(rows == [self.rows_per_call] for rows in sizes.values()):
+            return settings
+        return settings | {"rows_by_phase": {phase: list(rows) for phase, rows in sizes.items()}}
 
     def settled_ledger(self) -> Ledger:
         """The ledger when all is done: by image, and with the prices that were really paid."""

@@ -877,10 +877,13 @@ class MCTDPipeline(DiffusionPipeline):
             winner_tree=winning.tree,
             spent=spent,
             scheduler=type(world.scheduler).__name__,
-            settings=world.settings[searched.problem],
+            settings=world.recipe_settings(searched.problem),
             latents=latents.cpu(),
             decode=functools.partial(
-                self._decoded, world.prepared.decoder, latents.device, world.rows_per_call
+                self._decoded,
+                world.prepared.decoder,
+                latents.device,
+                world.environment.ledger.rows_by_phase.get("decode", [world.rows_per_call])[-1],
             ),
         )
 
@@ -1246,6 +1249,7 @@ class MCTDPipeline(DiffusionPipeline):
             reward=reward,
             prompts=[recipe["reward_prompt"]],
             rows_per_call=recipe["rows_per_call"],
+            rows_by_phase=recipe.get("rows_by_phase", {}),
             settings=[recipe],
             prices=Prices(),
             with_plain=False,

@@ -325,7 +325,7 @@ def joined_ledger(ledgers: Sequence[tuple[int, Ledger]]) -> Ledger:
         ledgers: at least one, each with the position of its call's first image among all.
 
     Returns:
-        Sums; ``by_problem`` by position, prices those of the first.
+        Sums; ``by_problem`` by position, prices those of the first, ``rows_by_phase`` all sizes.
     """
     whole = Ledger(prices=ledgers[0][1].prices)
     for first, ledger in ledgers:
@@ -333,6 +333,9 @@ def joined_ledger(ledgers: Sequence[tuple[int, Ledger]]) -> Ledger:
         whole.by_problem |= {first + i: counts for i, counts in ledger.by_problem.items()}
         for phase, seconds in ledger.seconds.items():
             whole.charge_seconds(phase, seconds)
+        for phase, rows in ledger.rows_by_phase.items():
+            sizes = whole.rows_by_phase.setdefault(phase, [])
+            sizes += [size for size in rows if size not in sizes]
     return whole
 
 
@@ -693,6 +696,15 @@ def recipe_stock(
                 here,
             )
     texts = {name: recipe[name] for name in ("prompt", "negative_prompt") if name in defaults}
+    for phase, sizes in recipe.get("rows_by_phase", {}).items():
+        if len(sizes) > 1:
+            logger.warning(
+                "memory ran out in the search of the recipe: its calls of %s held %s latents, here "
+                "all hold %d, so the picture may differ in its last bits",
+                phase,
+                " and then ".join(map(str, sizes)),
+                sizes[-1],
+            )
     stock = unheld_arguments(defaults) | texts | recipe["call"] | arguments
     return stock | {"num_images_per_prompt": 1}
 

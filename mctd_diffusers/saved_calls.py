@@ -99,6 +99,7 @@ class CallSaver:
         }
         measured = {
             "seconds_by_phase": world.environment.ledger.seconds,
+            "rows_by_phase": world.environment.ledger.rows_by_phase,
             "counted_rows": {name: part.rows for name, part in counted.items() if part is not None},
         }
         save_search(
@@ -216,6 +217,7 @@ def restored_world(saved: SavedSearch, world: World) -> World:
         prepared=replace(world.prepared, first_latents=first.to(drawn.device)),
         prices=Prices(**call["prices"]),
         settings=call["settings"],
+        rows_by_phase=call.get("rows_by_phase", {}),
     )
     _check_answers(world, kept["samples"])
     if call.get("head", world.head) != world.head:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mctd_diffusers.denoising.denoiser import Denoiser, FeatureTap, chunks
+from mctd_diffusers.denoising.denoiser import Calls, Chunk, Denoiser, FeatureTap, chunks
 from mctd_diffusers.denoising.protocols import Outputs
 from mctd_diffusers.denoising.solver_memory import SolverState
 from mctd_diffusers.denoising.stepper import Stepper
@@ -34,7 +34,14 @@ def states(denoiser: Denoiser, indices: Sequence[int]) -> list[SolverState]:
 
 def make(network: Any, rows_per_call: int, name: str = "ddim", **extra: Any) -> Denoiser:
     stepper = Stepper(make_scheduler(name, 8))
-    return Denoiser(network, stepper, rows_per_call=rows_per_call, ledger=Ledger(), **extra)
+    return Denoiser(
+        network,
+        stepper,
+        rows_per_call=rows_per_call,
+        ledger=Ledger(),
+        device=torch.device("cpu"),
+        **extra,
+    )
 
 
 @given(rows=st.integers(0, 40), rows_per_call=st.integers(1, 12))
@@ -150,6 +157,82 @@ def test_guidance_is_combined_in_chunks_of_the_same_size() -> None:
 def test_calls_hold_one_latent_at_least() -> None:
     with pytest.raises(ConfigError, match="rows_per_call is 0"):
         make(GuidedUNet(None, EMBEDS, NEGATIVE, 3.0), 0)
+
+
+# Out of memory
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError(),
+]
+
+
+class Room:
+    """A call with room for some rows, that notes the rows it was asked for."""
+
+    def __init__(self, most: int, error: Exception) -> None:
+        self.most, self.error, self.sizes = most, error, list[int]()
+
+    def __call__(self, chunk: Chunk) -> list[int]:
+        self.sizes.append(len(chunk.filled))
+        if len(chunk.filled) > self.most:
+            raise self.error
+        return chunk.pick(range(10))[: chunk.useful]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_out_of_memory_halves_the_calls_for_good_and_says_so(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger, room = Ledger(), Room(3, error)
+    calls = Calls(8, ledger, torch.device("cpu"))
+    answers = [answer for _, answer in calls.make("network", 10, room)]
+    assert answers == [[row, row + 1] for row in range(0, 10, 2)]
+    assert room.sizes == [8, 4, 2, 2, 2, 2, 2]
+    assert ledger.rows_by_phase == {"network": [2]}
+    assert "network ran out of memory in calls of 8 latents" in caplog.text
+    room.most = 8
+    list(calls.make("network", 3, room))
+    assert room.sizes[7:] == [2, 2]
+    list(calls.make("decode", 3, room))  # which had room enough
+    assert room.sizes[9:] == [8]
+    room.most = 1
+    list(calls.make("network", 3, room))
+    assert ledger.rows_by_phase == {"network": [2, 1], "decode": [8]}
+    again = Calls(8, ledger, torch.device("cpu"))
+    assert [len(chunk.filled) for chunk, _ in again.make("network", 2, room)] == [1, 1]
+
+
+def test_what_cannot_be_helped_is_raised() -> None:
+    def run(error: Exception, most: int) -> list[int]:
+        room = Room(most, error)
+        with pytest.raises(type(error)):
+            list(Calls(4, Ledger(), torch.device("cpu")).make("network", 4, room))
+        return room.sizes
+
+    assert run(OUT_OF_MEMORY[0], 0) == [4, 2, 1]
+    assert run(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 0) == [4]
+
+
+def test_rows_of_a_halved_call_are_metered_as_they_were_called(unet: Any) -> None:
+    network = GuidedUNet(unet, EMBEDS, NEGATIVE, 3.0)
+
+    class Narrow(GuidedUNet):
+        def __call__(self, latents: Tensor, *rest: Any) -> Outputs:
+            if len(latents) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(latents, *rest)
+
+    latents = noise(7, 4, 8, 8)
+    narrow = make(Narrow(unet, EMBEDS, NEGATIVE, 3.0), 5)
+    small = make(network, 2)
+    said = [d(latents, states(d, INDICES), PROBLEMS).outputs for d in (narrow, small)]
+    assert torch.equal(said[0].conditional, said[1].conditional)
+    assert narrow.ledger.total == small.ledger.total == Counts(7, 14, 2, 4)
 
 
 # The feature tap

@@ -2,13 +2,16 @@
 
 A network's answer for a row depends, in the last bits, on how many rows stand beside it, but not
 on which. So every call holds exactly ``rows_per_call`` latents, repeated to fill the last chunk:
-then a sample's result depends neither on the wave it rode in nor on the other images.
+then a sample's result depends neither on the wave it rode in nor on the other images. Where memory
+runs out the size is halved, for good.
 """
 
 from __future__ import annotations
 
+import gc
+import logging
 import time
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -23,7 +26,12 @@ from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.environment import Counts, Ledger
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
+"""What accelerators, the host and their libraries say of it, in lower case."""
 
 
 class Chunk(NamedTuple):
@@ -55,8 +63,88 @@ class Chunk(NamedTuple):
 def chunks(rows: int, rows_per_call: int) -> Iterator[Chunk]:
     """Cut ``rows`` into calls of exactly ``rows_per_call``, the last one filled by repetition."""
     for start in range(0, rows, rows_per_call):
-        useful = min(rows_per_call, rows - start)
-        yield Chunk(slice(start, start + useful), [row % useful for row in range(rows_per_call)])
+        yield _chunk(start, rows, rows_per_call)
+
+
+def _chunk(start: int, rows: int, rows_per_call: int) -> Chunk:
+    useful = min(rows_per_call, rows - start)
+    return Chunk(slice(start, start + useful), [row % useful for row in range(rows_per_call)])
+
+
+class Calls:
+    """Makes calls of one fixed size for each phase, which is halved for good as memory runs out.
+
+    Args:
+        rows_per_call: latents in every call, to begin with.
+        ledger: is charged the seconds, and told the sizes. Of phases whose sizes it knows already
+            the last one is begun with.
+        device: that the calls run on.
+
+    Raises:
+        ConfigError: ``rows_per_call`` is below 1.
+    """
+
+    def __init__(self, rows_per_call: int, ledger: Ledger, device: torch.device) -> None:
+        if rows_per_call < 1:
+            raise ConfigError(f"rows_per_call is {rows_per_call}; choose at least 1.")
+        self._rows_per_call = rows_per_call
+        self._ledger = ledger
+        self._device = device
+        self._rows = {phase: sizes[-1] for phase, sizes in ledger.rows_by_phase.items()}
+
+    def make(self, phase: str, rows: int, call: Callable[[Chunk], T]) -> Iterator[tuple[Chunk, T]]:
+        """Call ``call`` on every chunk of ``rows``; answers with the chunk and what it said.
+
+        Raises:
+            Exception: what ``call`` raises, out of memory too where one latent is too much.
+        """
+        start = 0
+        while start < rows:
+            size = self._rows.get(phase, self._rows_per_call)
+            chunk = _chunk(start, rows, size)
+            try:
+                with timed(self._ledger, phase, self._device):
+                    answer = call(chunk)
+            except Exception as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+            else:
+                sizes = self._ledger.rows_by_phase.setdefault(phase, [])
+                if sizes[-1:] != [size]:
+                    sizes.append(size)
+                yield chunk, answer
+                start = chunk.rows.stop
+                continue
+            # Out here the error is gone, and with it what its frames held.
+            self._rows[phase] = size // 2
+            free_memory(self._device)
+            logger.warning(
+                "%s ran out of memory in calls of %d latents, so it goes on in calls of %d; begin "
+                "with rows_per_call=%d",
+                phase,
+                size,
+                size // 2,
+                size // 2,
+            )
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that there is no memory left."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        message = str(error).lower()
+        if isinstance(error, RuntimeError) and any(said in message for said in _OUT_OF_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing uses."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 @contextmanager
@@ -192,8 +280,10 @@ class Denoiser:
     Args:
         network: the pipeline's denoiser.
         stepper: knows what the network sees of samples.
-        rows_per_call: latents in every call; with guidance the network gets twice that.
+        rows_per_call: latents in every call, see `Calls`; with guidance the network gets twice
+            that.
         ledger: is charged.
+        device: that the network runs on.
         features: a tap on the network, which is opened for each call; ``None`` to read none.
         kinds: of each problem; a call holds problems of one kind alone. Where texts are not padded
             to one length, a row would else depend on how long those beside it are. ``None`` is one
@@ -210,11 +300,11 @@ class Denoiser:
         *,
         rows_per_call: int,
         ledger: Ledger,
+        device: torch.device,
         features: FeatureTap | None = None,
         kinds: Sequence[Hashable] | None = None,
     ) -> None:
-        if rows_per_call < 1:
-            raise ConfigError(f"rows_per_call is {rows_per_call}; choose at least 1.")
+        self._calls = Calls(rows_per_call, ledger, device)
         self.network = network
         self.stepper = stepper
         self.rows_per_call = rows_per_call
@@ -258,16 +348,16 @@ class Denoiser:
         """Evaluate samples of one kind."""
         rows_per_latent = self.network.rows_per_latent
         evaluations = []
-        for chunk in chunks(len(latents), self.rows_per_call):
-            with timed(self.ledger, "network", latents.device):
-                evaluation = self._call(
-                    chunk.fill(latents[chunk.rows]),
-                    chunk.pick(states),
-                    chunk.pick(problems),
-                )
+
+        def call(chunk: Chunk) -> Evaluation:
+            return self._call(
+                chunk.fill(latents[chunk.rows]), chunk.pick(states), chunk.pick(problems)
+            )
+
+        for chunk, evaluation in self._calls.make("network", len(latents), call):
             evaluations.append(_rows_of(evaluation, slice(chunk.useful)))
             self.ledger.charge(problems[chunk.rows], Counts(nfe=1, rows=rows_per_latent))
-            padding = (self.rows_per_call - chunk.useful) * rows_per_latent
+            padding = (len(chunk.filled) - chunk.useful) * rows_per_latent
             self.ledger.charge_shared(Counts(padded_rows=padding, calls=1))
         return _together(evaluations)
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mctd_diffusers.denoising.denoiser import (
+    Calls,
     Chunk,
     Denoiser,
     FeatureTap,
     chunks,
+    free_memory,
+    is_out_of_memory,
     pooled,
     synchronize,
     timed,
@@ -58,6 +61,8 @@ from mctd_diffusers.search.environment import (
 )
 from mctd_diffusers.search.settings import check_setting, is_number
 
+T = TypeVar("T")
+
 
 class LatentEnvironment:
     """Samples of many images, denoised by one network; see `search.environment.Environment`.
@@ -66,7 +71,8 @@ class LatentEnvironment:
     Children, initial noise, renoised and perturbed samples are lazy: they hold no tensor until they
     are evaluated, scored or exported. Where the solver takes a second call on an edge, it is made
     together with its child; exporting makes none. Every network, decode and reward call holds
-    exactly ``rows_per_call`` latents, so what a sample becomes depends on its own path alone.
+    exactly ``rows_per_call`` latents, so what a sample becomes depends on its own path alone. Where
+    memory runs out in calls of one phase their size is halved; ``ledger.rows_by_phase`` says so.
 
     Args:
         network: the pipeline's denoiser; knows the conditioning of each problem.
@@ -79,6 +85,8 @@ class LatentEnvironment:
         first_latents: of each problem, as the stock ``prepare_latents`` draws and scales them;
             their device is where everything runs.
         rows_per_call: latents in every call.
+        rows_by_phase: the same for single phases, as ``ledger.rows_by_phase`` had it: calls hold as
+            many latents as the last ones did.
         prices: what the ledger reckons its cost by.
         storage: where tensors wait between calls; by default the device itself.
         features: a tap on the network, where features of the samples will be asked for.
@@ -99,6 +107,7 @@ class LatentEnvironment:
         prompts: Sequence[str],
         first_latents: Float[Tensor, "problems *sample"],
         rows_per_call: int,
+        rows_by_phase: Mapping[str, Sequence[int]] | None = None,
         preview: Decoder | None = None,
         prices: Prices | None = None,
         storage: torch.device | str | None = None,
@@ -111,7 +120,10 @@ class LatentEnvironment:
                 f"there are {len(prompts)} prompts but {len(first_latents)} first latents; "
                 "give one of each for every problem."
             )
-        self.ledger = Ledger(prices=prices or Prices())
+        sizes = {phase: list(rows) for phase, rows in (rows_by_phase or {}).items()}
+        self.ledger = Ledger(prices=prices or Prices(), rows_by_phase=sizes)
+        self._device = first_latents.device
+        self._calls = Calls(rows_per_call, self.ledger, self._device)
         self.num_steps = stepper.num_steps
         self._stepper = stepper
         self._denoiser = Denoiser(
@@ -119,6 +131,7 @@ class LatentEnvironment:
             stepper,
             rows_per_call=rows_per_call,
             ledger=self.ledger,
+            device=self._device,
             features=features,
             kinds=kinds,
         )
@@ -128,7 +141,6 @@ class LatentEnvironment:
         self._reward = reward
         self._prompts = list(prompts)
         self._first_latents = first_latents
-        self._device = first_latents.device
         self._rows_per_call = rows_per_call
         self._samples = Latents(self._device, storage)
         self.guidance_scale = network.guidance_scale if network.rows_per_latent == 2 else None
@@ -238,9 +250,9 @@ class LatentEnvironment:
             ]
             fresh = _handles_of(samples, handles, wanted)
             values: list[float] = []
-            for chunk, some in self._in_calls(list(fresh)):
+            for some in self._batches(list(fresh)):
                 clean = self._denoised_of(some, [scale] * len(some))
-                values += self._score(self._decode(clean, chunk, some, preview=True), chunk, fresh)
+                values += self._score(self._decode(clean, some, preview=True), some, fresh)
             found += zip(fresh, [scale] * len(fresh), values, strict=True)
         for sample, scale, value in found:
             sample.values[scale] = value
@@ -261,9 +273,9 @@ class LatentEnvironment:
         fresh = _handles_of(samples, handles, [sample.reward is None for sample in samples])
         self._make(list(fresh))
         rewards: list[float] = []
-        for chunk, some in self._in_calls(list(fresh)):
-            images = self._decode(self._latents_of(some), chunk, some, preview=False)
-            rewards += self._score(images, chunk, fresh)
+        for some in self._batches(list(fresh)):
+            images = self._decode(self._latents_of(some), some, preview=False)
+            rewards += self._score(images, some, fresh)
         for sample, reward in zip(fresh, rewards, strict=True):
             sample.reward = reward
         return np.array([sample.reward for sample in samples], dtype=np.float64)
@@ -505,6 +517,7 @@ class LatentEnvironment:
             prompts=self._prompts,
             first_latents=self._first_latents,
             rows_per_call=self._rows_per_call,
+            rows_by_phase=self.ledger.rows_by_phase,
             prices=self.ledger.prices,
             storage=self._samples.storage,
             kinds=self._denoiser.kinds,
@@ -684,35 +697,45 @@ class LatentEnvironment:
 
     # Decoding and scoring
 
-    def _in_calls(self, samples: Sequence[Sample]) -> Iterator[tuple[Chunk, Sequence[Sample]]]:
-        """The chunks of a batch, and the samples of each."""
+    def _batches(self, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+        """Samples, as many at once as fill a call where memory suffices."""
         for chunk in chunks(len(samples), self._rows_per_call):
-            yield chunk, samples[chunk.rows]
+            yield samples[chunk.rows]
 
-    def _decode(
-        self, clean: Tensor, chunk: Chunk, samples: Sequence[Sample], *, preview: bool
-    ) -> Tensor:
-        """Pictures of one call, padding included."""
+    def _decode(self, clean: Tensor, samples: Sequence[Sample], *, preview: bool) -> Tensor:
+        """Pictures of clean latents, one a sample."""
         decoder = self._preview if preview and self._preview is not None else self._decoder
         is_preview = decoder is not self._decoder
-        with timed(self.ledger, "preview" if is_preview else "decode", self._device):
-            images = decoder(chunk.fill(clean))
         each = Counts(previews=1) if is_preview else Counts(decodes=1)
-        self.ledger.charge([sample.problem for sample in samples], each)
-        return images
 
-    def _score(self, images: Tensor, chunk: Chunk, fresh: Mapping[Sample, int]) -> list[float]:
-        """Rewards of the useful pictures of one call."""
-        samples = chunk.pick(list(fresh))
+        def call(chunk: Chunk) -> Tensor:
+            return decoder(chunk.fill(clean[chunk.rows]))
+
+        pictures = []
+        phase = "preview" if is_preview else "decode"
+        for chunk, images in self._calls.make(phase, len(samples), call):
+            problems = [sample.problem for sample in samples[chunk.rows]]
+            self.ledger.charge(problems, each)
+            pictures.append(images[: chunk.useful])
+        return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
+
+    def _score(
+        self, images: Tensor, samples: Sequence[Sample], handles: Mapping[Sample, int]
+    ) -> list[float]:
+        """Rewards of pictures, one a sample."""
         problems = [sample.problem for sample in samples]
-        with timed(self.ledger, "reward", self._device):
-            scores = self._reward(
-                images,
-                [self._prompts[problem] for problem in problems],
-                [fresh[sample] for sample in samples],
-            )
-        self.ledger.charge(problems[: chunk.useful], Counts(reward_calls=1))
-        return [float(score) for score in scores[: chunk.useful]]
+        prompts = [self._prompts[problem] for problem in problems]
+        names = [handles[sample] for sample in samples]
+
+        def call(chunk: Chunk) -> npt.NDArray[np.float64]:
+            filled = chunk.fill(images[chunk.rows])
+            return self._reward(filled, chunk.pick(prompts), chunk.pick(names))
+
+        found: list[float] = []
+        for chunk, scores in self._calls.make("reward", len(samples), call):
+            self.ledger.charge(problems[chunk.rows], Counts(reward_calls=1))
+            found += [float(score) for score in scores[: chunk.useful]]
+        return found
 
     def _pictures(
         self,
@@ -722,10 +745,7 @@ class LatentEnvironment:
         preview: bool,
     ) -> Tensor:
         return torch.cat(
-            [
-                self._decode(clean(some), chunk, some, preview=preview)[: chunk.useful]
-                for chunk, some in self._in_calls(samples)
-            ]
+            [self._decode(clean(some), some, preview=preview) for some in self._batches(samples)]
         )
 
     # Refusing
@@ -805,27 +825,42 @@ def measure_prices(
         preview: preview decoder; without one a preview costs a full decode.
         repeats: calls of each kind that are timed.
     """
-    batch = latents.expand(rows_per_call, *latents.shape[1:]).contiguous()
-    rows = [0] * rows_per_call
-    inputs, timesteps = stepper.network_input(batch, [stepper.initial_state()] * rows_per_call)
 
     def seconds(call: Callable[[], Any]) -> float:
         taken = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
             call()
-            synchronize(batch.device)
+            synchronize(latents.device)
             taken.append(time.perf_counter() - start)
         return statistics.median(taken[1:])
 
-    with torch.no_grad():
+    def measure(size: int) -> Prices:
+        batch = latents.expand(size, *latents.shape[1:]).contiguous()
+        rows, prompts = [0] * size, [prompt] * size
+        inputs, timesteps = stepper.network_input(batch, [stepper.initial_state()] * size)
         row = seconds(lambda: network(inputs, timesteps, rows)) / network.rows_per_latent
         images = decoder(batch)
         return Prices(
             decode=seconds(lambda: decoder(batch)) / row,
             preview=seconds(lambda: (preview or decoder)(batch)) / row,
-            reward_call=seconds(lambda: reward(images, [prompt] * rows_per_call, rows)) / row,
+            reward_call=seconds(lambda: reward(images, prompts, rows)) / row,
         )
+
+    with torch.no_grad():
+        return within_memory(rows_per_call, latents.device, measure)
+
+
+def within_memory(rows: int, device: torch.device, measure: Callable[[int], T]) -> T:
+    """What ``measure`` says of ``rows``, or of half as many (and so on) where memory runs out."""
+    while True:
+        try:
+            return measure(rows)
+        except Exception as error:
+            if rows == 1 or not is_out_of_memory(error):
+                raise
+        rows //= 2
+        free_memory(device)
 
 
 _HAS_SOURCE = (Renoised, Perturbed)

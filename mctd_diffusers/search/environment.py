@@ -138,12 +138,15 @@ class Ledger:
         total: everything, padding and calls included.
         by_problem: useful work of each image; padding and calls are shared, so 0 there.
         seconds: wall-clock seconds by phase (``"network"``, ``"decode"``, ``"reward"``, ...).
+        rows_by_phase: latents in a call of each phase that has had one, where calls are of one
+            size; where memory ran out midway all sizes, in the order of time.
     """
 
     prices: Prices = field(default_factory=Prices)
     total: Counts = field(default_factory=Counts)
     by_problem: dict[int, Counts] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    rows_by_phase: dict[str, list[int]] = field(default_factory=dict)
 
     def charge(self, problems: Sequence[int] | Handles, each: Counts) -> None:
         """Add ``each`` once for every entry of ``problems``, to that image and to the total."""

@@ -1,0 +1,107 @@
+"""Searches that run out of memory, and those that keep their samples elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mctd_diffusers.pipeline import MCTDPipeline
+from mctd_diffusers.results import read_recipe
+from tests.pipelines import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def search(pipe: MCTDPipeline, **call: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    defaults = {"num_inference_steps": 6, "search": "mctd", "compute": 3, "rows_per_call": 4}
+    return pipe("a red cat", generator=generator, **{**defaults, **call})
+
+
+@contextmanager
+def room_for(pipe: MCTDPipeline, latents: int, after: int = 0) -> Iterator[None]:
+    """A device too small for more latents in a call of any model, after some calls of each."""
+    parts = pipe.components
+    rows = {parts["unet"]: 2 * latents, parts["vae"].decoder: latents}
+    calls = dict.fromkeys(rows, 0)
+
+    def check(module: Any, args: Any, kwargs: Any) -> None:
+        batch = args[0] if args else kwargs["sample"]
+        calls[module] += 1
+        if calls[module] > after and len(batch) > rows[module]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    hooks = [m.register_forward_pre_hook(check, with_kwargs=True) for m in rows]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def narrow_redness(images: torch.Tensor, prompts: list[str]) -> list[float]:
+    """A reward model with room for one picture."""
+    if len(images) > 1:
+        raise RuntimeError("CUDA error: out of memory")
+    return tiny.redness(images, prompts)
+
+
+def test_a_search_out_of_memory_goes_on_in_smaller_calls_and_says_so(
+    pipe: MCTDPipeline, tmp_path: Path
+) -> None:
+    small = search(pipe, rows_per_call=2)
+    with room_for(pipe, 2):
+        out = search(pipe, reward_model=narrow_redness)
+        (path,) = out.save(tmp_path / "picture.png")
+        replayed = pipe.replay(read_recipe(path))
+    sizes = {"network": [2], "decode": [2], "reward": [1]}
+    assert out.ledger.rows_by_phase == sizes
+    assert out.search[0].recipe["rows_by_phase"] == sizes
+    assert np.array_equal(np.array(out.images[0]), np.array(small.images[0]))
+    assert out.search[0].history == small.search[0].history
+    assert out.ledger.total == small.ledger.total
+    assert torch.equal(replayed.latents, out.search[0].top(1)[0].latents)
+    assert np.array_equal(np.array(replayed.images[0]), np.array(out.images[0]))
+
+
+def test_a_replay_says_where_memory_ran_out_midway(
+    pipe: MCTDPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    with room_for(pipe, 2, after=3):
+        out = search(pipe)
+    assert out.ledger.rows_by_phase["network"] == [4, 2]
+    replayed = pipe.replay(out.search[0].recipe)
+    assert "its calls of network held 4 and then 2 latents" in caplog.text
+    latents = out.search[0].top(1)[0].latents
+    assert torch.allclose(replayed.latents, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_a_search_with_room_enough_says_what_was_asked_for(pipe: MCTDPipeline) -> None:
+    out = search(pipe)
+    assert out.ledger.rows_by_phase == {"network": [4], "decode": [4], "reward": [4]}
+    assert "rows_by_phase" not in out.search[0].recipe
+
+
+def test_a_saved_search_goes_on_in_the_calls_that_it_had(
+    pipe: MCTDPipeline, tmp_path: Path
+) -> None:
+    with room_for(pipe, 2):
+        out = search(pipe, save_to=tmp_path)
+    resumed = pipe.resume(tmp_path)
+    assert resumed.ledger.rows_by_phase == out.ledger.rows_by_phase
+    assert np.array_equal(np.array(resumed.images[0]), np.array(out.images[0]))
+    assert resumed.search[0].recipe == out.search[0].recipe
+
+
+def test_prices_are_measured_in_calls_that_fit(pipe: MCTDPipeline) -> None:
+    with room_for(pipe, 1):
+        out = search(pipe, compute=None, cost_budget=60.0)
+        estimate = pipe.estimate("a red cat", num_inference_steps=6, rows_per_call=4)
+    assert out.ledger.prices.decode > 0
+    assert estimate.seconds > 0
