@@ -87,7 +87,14 @@ class SearchOptions:
             Nodes chosen on one snapshot of the tree and evaluated together.
         rows_per_call (`int`, *optional*, defaults to what fits the device and the size):
             Latents in every call of the network, the decoders and the reward; shorter batches are
-            padded, because pictures are bit-equal at equal numbers only.
+            padded, because pictures are bit-equal at equal numbers only. Where memory runs out
+            they are halved; `out.ledger.rows_by_phase` says what was called.
+        offload_latents (`bool`, *optional*, defaults to `False`):
+            Whether samples wait on the host between calls, so that a search of any size takes no
+            more of the accelerator than its calls. It changes no bit.
+        half_latents (`bool`, *optional*, defaults to `False`):
+            Whether samples of a pipeline in single precision wait in half precision, which halves
+            the memory of a search and rounds them, each once. Recipes say so.
         include_plain (`bool`, *optional*, defaults to `False`):
             Whether to score the plain sample too, out of the same budget; the answer is then never
             worse than it, by the searched reward.
@@ -116,6 +123,8 @@ class SearchOptions:
     search_scheduler: SchedulerMixin | None = None
     wave_size: int | None = None
     rows_per_call: int | None = None
+    offload_latents: bool = False
+    half_latents: bool = False
     include_plain: bool = False
     save_to: str | os.PathLike[str] | None = None
     save_every_s: float = 60.0
@@ -413,6 +422,8 @@ class World:
         prompts: that the reward reads, one an image.
         rows_per_call: latents in every call.
         rows_by_phase: the same for single phases, as for `LatentEnvironment`.
+        offloads_latents: whether samples wait on the host.
+        half_latents: whether samples of single precision wait in half.
         settings: the shared part of each image's recipes.
         prices: measured beforehand; all 0 where nothing is decided by them.
         with_plain: whether the plain samples are made beside the search, as problems of their own.
@@ -434,6 +445,8 @@ class World:
     strides: StrideParts = NO_STRIDE_PARTS
     head: str | None = None
     rows_by_phase: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    offloads_latents: bool = False
+    half_latents: bool = False
 
     @property
     def keeps_features(self) -> bool:
@@ -470,6 +483,8 @@ class World:
             rows_per_call=self.rows_per_call,
             rows_by_phase=self.rows_by_phase,
             prices=self.prices,
+            storage="cpu" if self.offloads_latents else None,
+            half=self.half_latents,
             features=self.prepared.features if self.keeps_features else None,
             gain_model=self.strides.gain_model,
             kinds=self.prepared.kinds and [*self.prepared.kinds] * times,

@@ -750,6 +750,8 @@ class MCTDPipeline(DiffusionPipeline):
             reads_features=options.online_ige,
             strides=stride_parts_of(saved.strategy, stepper, self.ige, settings["rows_per_call"]),
             head=digest_of_head(saved.strategy, self.ige),
+            offloads_latents=options.offload_latents,
+            half_latents=options.half_latents,
         )
         world = restored_world(saved, world)
         seconds = saved.call["seconds"]
@@ -785,6 +787,7 @@ class MCTDPipeline(DiffusionPipeline):
             first_latents=prepared.first_latents,
             rows_per_call=rows_per_call,
             prompts_per_call=prompts_per_call,
+            half_latents=options.half_latents,
         )
         world = World(
             prepared=prepared,
@@ -799,6 +802,8 @@ class MCTDPipeline(DiffusionPipeline):
             reads_features=options.online_ige,
             strides=stride_parts_of(strategy, stepper, self.ige, rows_per_call),
             head=digest_of_head(strategy, self.ige),
+            offloads_latents=options.offload_latents,
+            half_latents=options.half_latents,
         )
         if options.cost_budget is not None:
             world = replace(world, prices=world.measure_prices())
@@ -1250,6 +1255,7 @@ class MCTDPipeline(DiffusionPipeline):
             prompts=[recipe["reward_prompt"]],
             rows_per_call=recipe["rows_per_call"],
             rows_by_phase=recipe.get("rows_by_phase", {}),
+            half_latents=recipe.get("half_latents", False),
             settings=[recipe],
             prices=Prices(),
             with_plain=False,

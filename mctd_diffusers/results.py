@@ -37,9 +37,13 @@ logger = logging.getLogger(__name__)
 Recipe: TypeAlias = dict[str, Any]
 """JSON-able; see `RECIPE_VERSION` and `ImageSearch.recipe`."""
 
-RECIPE_VERSION = 2
-RECIPE_VERSIONS = (1, 2)
-"""Those that a replay reads; version 1 knew no guidance of single edges and no perturbation."""
+RECIPE_VERSION = 3
+RECIPE_VERSIONS = (1, 2, 3)
+"""Those that a replay reads.
+
+Version 1 knew no guidance of single edges and no perturbation; version 2 neither calls of several
+sizes nor samples that wait in half precision.
+"""
 RECIPE_KEY = "mctd_recipe"
 """Name of the text chunk of a PNG file that holds the recipe."""
 TEXT_ARGUMENTS = (
@@ -547,6 +551,7 @@ def recipe_settings(
     first_latents: Tensor,
     rows_per_call: int,
     prompts_per_call: int,
+    half_latents: bool,
 ) -> list[dict[str, Any]]:
     """The part of a recipe that all samples of an image share, for each image of a call."""
     given = {
@@ -567,6 +572,7 @@ def recipe_settings(
         },
         "rows_per_call": rows_per_call,
         "prompts_per_call": prompts_per_call,
+        "half_latents": half_latents,
         "dtype": str(first_latents.dtype).removeprefix("torch."),
         "device": first_latents.device.type,
         "threads": torch.get_num_threads(),
@@ -637,7 +643,7 @@ def check_recipe(recipe: Any, pipeline: str) -> None:
     if recipe.get("version") not in RECIPE_VERSIONS:
         raise ConfigError(
             f"the recipe is of version {recipe.get('version')!r}, this package replays versions "
-            f"{' and '.join(map(str, RECIPE_VERSIONS))}: make it again"
+            f"{', '.join(map(str, RECIPE_VERSIONS))}: make it again"
         )
     if recipe.get("pipeline") != pipeline:
         raise ConfigError(

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _STOCK: Final = (*TEXT_ARGUMENTS, "num_images_per_prompt", "output_type", "return_dict")
 _OPTIONS: Final = (
     *("compute", "nfe_budget", "cost_budget", "time_budget_s", "include_plain"),
-    "online_ige",
+    *("online_ige", "offload_latents", "half_latents"),
 )
 _SHARE: Final = 0.1  # of the time may go into saving
 _SAME: Final = 0.02  # relative difference up to which two answers may be of one model

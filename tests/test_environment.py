@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from mctd_diffusers.denoising.environment import LatentEnvironment, measure_prices
+from mctd_diffusers.denoising.latents import Sample
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import (
     CapacityError,
@@ -660,10 +661,48 @@ def test_saved_samples_go_on_where_they_were(
     assert torch.equal(world.environment.denoised(both[0]), other.environment.denoised(both[1]))
 
 
-def test_samples_may_wait_in_another_place(unet: Any, vae: Any) -> None:
-    world = World(unet, vae, "dpm++", storage="cpu")
-    advance(world.environment, world.start(0, 1), [4, 4])
-    assert world.environment._samples.storage.type == "cpu"
+def test_samples_wait_where_and_in_the_precision_they_are_told_to(unet: Any, vae: Any) -> None:
+    """Half precision stands for another device: it marks what waits, and what is computed with."""
+    world = World(unet, vae, "dpm++", storage="cpu", half=True)
+    environment = world.environment
+    computed = []
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        computed.append(args[0].dtype)
+
+    with unet.register_forward_hook(note):
+        handles = world.start(0, 1)
+        last = advance(environment, handles, [2, 1, 1], 0.5)
+        environment.denoise(last)
+        environment.denoise(environment.perturb(last, np.full(2, 0.5), array(7, 8)))
+        environment.denoise(environment.renoise(last, 2, array(7, 8)))
+        finished = advance(environment, last, [4])
+    environment.reward(finished)
+    assert set(computed) == {torch.float32}
+    samples = environment._samples._samples.values()
+    assert any(sample.state is not None and sample.state.history for sample in samples)
+    waiting = [tensor for sample in samples for tensor in tensors_of(sample)]
+    assert {(tensor.dtype, tensor.device.type) for tensor in waiting} == {(torch.float16, "cpu")}
+    assert environment.denoised(finished).dtype == torch.float32
+
+
+def tensors_of(sample: Sample) -> list[Tensor]:
+    outputs = () if sample.outputs is None else sample.outputs
+    history = () if sample.state is None else sample.state.history
+    tensors = [sample.latents, *outputs, *history]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "heun"])
+def test_what_waits_in_half_depends_on_its_own_path_alone(unet: Any, vae: Any, name: str) -> None:
+    together, alone = (World(unet, vae, name, half=True).environment for _ in range(2))
+    problems = array(0, 1, 2)
+    seeds = np.full(3, FIRST_DRAW)
+    every = advance(together, together.reset(problems, seeds), [3, 1, 4])
+    for problem in range(3):
+        one = advance(alone, alone.reset(problems[[problem]], seeds[:1]), [3, 1, 4])
+        assert torch.equal(alone.denoised(one)[0], together.denoised(every)[problem])
+        assert alone.reward(one)[0] == together.reward(every)[problem]
 
 
 # Refusals

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mctd_diffusers.denoising.latents import Drawn, Latents, Sample
+from mctd_diffusers.denoising.solver_memory import SolverState
 from mctd_diffusers.errors import CapacityError
 
 
@@ -61,3 +62,25 @@ def test_tensors_wait_where_they_are_told_to() -> None:
     latents = Latents(torch.device("meta"), "cpu")
     assert [row.device.type for row in latents.keep(torch.zeros(2, 3))] == ["cpu", "cpu"]
     assert latents.gather([torch.zeros(3)]).device.type == "meta"
+
+
+def test_single_precision_waits_in_half_and_comes_back_rounded_once() -> None:
+    latents = Latents(torch.device("cpu"), half=True)
+    batch = torch.randn(4, 2, 3)
+    rows = latents.keep(batch)
+    assert {row.dtype for row in rows} == {torch.float16}
+    rounded = latents.gather(rows)
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, batch.half().float())
+    assert torch.equal(latents.gather(latents.keep(rounded)), rounded)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert {row.dtype for row in latents.keep(batch.to(dtype))} == {dtype}
+
+
+def test_what_a_solver_remembers_waits_with_the_sample() -> None:
+    state = SolverState(1, (0,), (torch.randn(2, 3),), ("memory",))
+    away = Latents(torch.device("cpu"), "meta", half=True).keep_state(state)
+    assert [(row.device.type, row.dtype) for row in away.history] == [("meta", torch.float16)]
+    back = Latents(torch.device("meta"), "cpu").fetch_state(state)
+    assert [row.device.type for row in back.history] == ["meta"]
+    assert (back.step_index, back.visited, back.memory) == (1, (0,), ("memory",))

@@ -89,6 +89,8 @@ class LatentEnvironment:
             many latents as the last ones did.
         prices: what the ledger reckons its cost by.
         storage: where tensors wait between calls; by default the device itself.
+        half: whether samples of single precision wait in half, see `Latents`; what is fixed here
+            is what samples become, so a replay needs the same.
         features: a tap on the network, where features of the samples will be asked for.
         gain_model: predicts what jumps tell; ``None`` where a search asks for no predictions.
         kinds: of each problem, as for `Denoiser`.
@@ -111,6 +113,7 @@ class LatentEnvironment:
         preview: Decoder | None = None,
         prices: Prices | None = None,
         storage: torch.device | str | None = None,
+        half: bool = False,
         features: FeatureTap | None = None,
         gain_model: GainModel | None = None,
         kinds: Sequence[Hashable] | None = None,
@@ -142,7 +145,7 @@ class LatentEnvironment:
         self._prompts = list(prompts)
         self._first_latents = first_latents
         self._rows_per_call = rows_per_call
-        self._samples = Latents(self._device, storage)
+        self._samples = Latents(self._device, storage, half=half)
         self.guidance_scale = network.guidance_scale if network.rows_per_latent == 2 else None
 
     def reset(self, problems: Handles, seeds: Seeds) -> Handles:
@@ -377,8 +380,7 @@ class LatentEnvironment:
     def adopt(self, latents: Float[Tensor, "batch *sample"], problem: int) -> Handles:
         """Finished samples of a problem from latents that were made elsewhere."""
         return self._samples.add(
-            Sample(problem, self.num_steps, latents=row.to(self._samples.storage))
-            for row in latents
+            Sample(problem, self.num_steps, latents=row) for row in self._samples.keep(latents)
         )
 
     def release(self, handles: Handles) -> None:
@@ -520,6 +522,7 @@ class LatentEnvironment:
             rows_by_phase=self.ledger.rows_by_phase,
             prices=self.ledger.prices,
             storage=self._samples.storage,
+            half=self._samples.half,
             kinds=self._denoiser.kinds,
         )
 
@@ -564,12 +567,13 @@ class LatentEnvironment:
         latents, states = self._stepper.step(
             self._latents_of(parents),
             self._guided(parents, [edge.action.guidance for edge in edges]),
-            [_state(parent) for parent in parents],
+            [self._samples.fetch_state(_state(parent)) for parent in parents],
             [edge.action for edge in edges],
             [edge.seed for edge in edges],
         )
         rows = self._samples.keep(latents)
-        for sample, edge, row, state in zip(samples, edges, rows, states, strict=True):
+        for sample, edge, row, fresh in zip(samples, edges, rows, states, strict=True):
+            state = self._samples.keep_state(fresh)
             if state.midway is None:
                 sample.latents, sample.state, sample.origin = row, state, None
             else:
@@ -585,7 +589,7 @@ class LatentEnvironment:
             return
         halves = [cast(Midway, sample.origin) for sample in samples]
         midpoints = self._samples.gather([half.latents for half in halves])
-        states = [half.state for half in halves]
+        states = [self._samples.fetch_state(half.state) for half in halves]
         outputs, _ = self._denoiser(midpoints, states, [sample.problem for sample in samples])
         with timed(self.ledger, "step", self._device):
             actions = [cast(Action, state.midway) for state in states]
@@ -658,7 +662,8 @@ class LatentEnvironment:
     ) -> None:
         rows = self._samples.keep(latents)
         for sample, row, state in zip(samples, rows, states, strict=True):
-            sample.latents, sample.state, sample.origin = row, state, None
+            sample.latents, sample.origin = row, None
+            sample.state = self._samples.keep_state(state)
 
     # Reading samples
 

@@ -9,8 +9,8 @@ midway: that far it comes without a call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -130,11 +130,20 @@ class Latents:
         device: where samples are computed.
         storage: where their tensors wait meanwhile: the device itself, or ``"cpu"`` to keep a large
             search off the accelerator.
+        half: whether what is of single precision waits in half; of a sample that is rounded once,
+            when it is made, so all that follows from it follows from the rounded one.
     """
 
-    def __init__(self, device: torch.device, storage: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        storage: torch.device | str | None = None,
+        *,
+        half: bool = False,
+    ) -> None:
         self.device = device
         self.storage = device if storage is None else torch.device(storage)
+        self.half = half
         self._samples: dict[int, Sample] = {}
         self._next = 0
 
@@ -182,11 +191,27 @@ class Latents:
     def keep(self, batch: Float[Tensor, "batch *sample"]) -> list[Tensor]:
         """The rows of a batch, each on its own, where tensors wait."""
         # Cloned, or one surviving row would keep the memory of its whole batch.
-        return [row.clone() for row in batch.to(self.storage).unbind()]
+        return [row.clone() for row in self._put_away(batch).unbind()]
 
     def gather(self, rows: Sequence[Tensor]) -> Float[Tensor, "batch *sample"]:
-        """Rows together in a batch, where samples are computed."""
-        return torch.stack(list(rows)).to(self.device)
+        """Rows together in a batch, where and in the precision that samples are computed."""
+        return self._fetch(torch.stack(list(rows)))
+
+    def keep_state(self, state: SolverState) -> SolverState:
+        """What a solver remembers of a sample, where tensors wait."""
+        return _of_history(state, self._put_away)
+
+    def fetch_state(self, state: SolverState) -> SolverState:
+        """The same, where samples are computed."""
+        return _of_history(state, self._fetch)
+
+    def _put_away(self, tensor: Tensor) -> Tensor:
+        dtype = torch.float16 if self.half and tensor.dtype == torch.float32 else tensor.dtype
+        return tensor.to(dtype).to(self.storage)
+
+    def _fetch(self, tensor: Tensor) -> Tensor:
+        dtype = torch.float32 if self.half and tensor.dtype == torch.float16 else tensor.dtype
+        return tensor.to(self.device).to(dtype)
 
     def _check(self, handles: Handles) -> None:
         missing = [handle for handle in handles.tolist() if handle not in self._samples]
@@ -197,3 +222,9 @@ class Latents:
                 "released; ask only for what you have not released.",
                 handles=missing,
             )
+
+
+def _of_history(state: SolverState, move: Callable[[Tensor], Tensor]) -> SolverState:
+    if not state.history:
+        return state
+    return replace(state, history=tuple(move(tensor) for tensor in state.history))

@@ -59,7 +59,7 @@ def test_a_search_out_of_memory_goes_on_in_smaller_calls_and_says_so(
     with room_for(pipe, 2):
         out = search(pipe, reward_model=narrow_redness)
         (path,) = out.save(tmp_path / "picture.png")
-        replayed = pipe.replay(read_recipe(path))
+        replayed: Any = pipe.replay(read_recipe(path))
     sizes = {"network": [2], "decode": [2], "reward": [1]}
     assert out.ledger.rows_by_phase == sizes
     assert out.search[0].recipe["rows_by_phase"] == sizes
@@ -76,7 +76,7 @@ def test_a_replay_says_where_memory_ran_out_midway(
     with room_for(pipe, 2, after=3):
         out = search(pipe)
     assert out.ledger.rows_by_phase["network"] == [4, 2]
-    replayed = pipe.replay(out.search[0].recipe)
+    replayed: Any = pipe.replay(out.search[0].recipe)
     assert "its calls of network held 4 and then 2 latents" in caplog.text
     latents = out.search[0].top(1)[0].latents
     assert torch.allclose(replayed.latents, latents, rtol=1e-4, atol=1e-4)
@@ -105,3 +105,64 @@ def test_prices_are_measured_in_calls_that_fit(pipe: MCTDPipeline) -> None:
         estimate = pipe.estimate("a red cat", num_inference_steps=6, rows_per_call=4)
     assert out.ledger.prices.decode > 0
     assert estimate.seconds > 0
+
+
+@pytest.mark.parametrize("name", ["mctd", "evolution", "beam"])
+def test_offloaded_latents_change_no_bit(pipe: MCTDPipeline, name: str) -> None:
+    here, offloaded = (
+        search(pipe, search=name, offload_latents=away, output_type="latent")
+        for away in (False, True)
+    )
+    assert torch.equal(offloaded.images, here.images)
+    assert offloaded.search[0].recipe == here.search[0].recipe
+    assert offloaded.ledger.total == here.ledger.total
+
+
+def test_offloaded_latents_wait_on_the_host(pipe: MCTDPipeline) -> None:
+    arguments: dict[str, Any] = {"num_inference_steps": 6, "rows_per_call": 4}
+    world = pipe.open_world("a red cat", offload_latents=True, half_latents=True, **arguments)
+    samples = world.environment._samples
+    assert (samples.storage, samples.half) == (torch.device("cpu"), True)
+    beside = world.environment.aside()._samples
+    assert (beside.storage, beside.half) == (torch.device("cpu"), True)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm_multistep", "euler_ancestral"])
+@pytest.mark.parametrize("name", ["mctd", "evolution"])
+def test_latents_in_half_are_searched_again_and_replayed_bit_for_bit(
+    name: str, scheduler: str, tmp_path: Path
+) -> None:
+    pipe = MCTDPipeline.from_pipe(tiny.make_stock(scheduler), reward_model=tiny.redness)
+    call = {"search": name, "half_latents": True, "output_type": "latent"}
+    out, again = search(pipe, save_to=tmp_path, **call), search(pipe, **call)
+    found = out.search[0]
+    assert torch.equal(out.images, again.images)
+    assert found.recipe == again.search[0].recipe
+    assert not torch.equal(out.images, search(pipe, **call | {"half_latents": False}).images)
+    for sample, latents in zip(found.finished, found.latents, strict=True):
+        replayed: Any = pipe.replay(found.recipe_of(sample.node))
+        assert torch.equal(replayed.latents, latents)
+        assert replayed.reward == sample.reward
+    assert torch.equal(pipe.resume(tmp_path).images, out.images)
+    assert pipe.open_search(tmp_path).call.world.half_latents
+
+
+def test_a_search_in_half_stopped_midway_goes_on_as_if_never_stopped(
+    pipe: MCTDPipeline, tmp_path: Path
+) -> None:
+    class Stopping:
+        calls = 0
+
+        def __call__(self, images: torch.Tensor, prompts: list[str]) -> list[float]:
+            self.calls += 1
+            if self.calls == 4:
+                raise KeyboardInterrupt
+            return tiny.redness(images, prompts)
+
+    call = {"half_latents": True, "offload_latents": True, "output_type": "latent"}
+    whole = search(pipe, **call)
+    search(pipe, **call, reward_model=Stopping(), save_to=tmp_path, save_every_s=0)
+    resumed = pipe.resume(tmp_path)
+    assert resumed.search[0].stop_reason == whole.search[0].stop_reason
+    assert torch.equal(resumed.images, whole.images)
+    assert resumed.search[0].recipe == whole.search[0].recipe
