@@ -22,7 +22,13 @@ from tests.pipelines import tiny
 STEPS = 6
 COMPUTE = 4
 PROMPTS = ["a red cat", "two dogs", "a blue hat"]
-SEARCHES = ["best_of_n", "beam", "dts", "evolution", "mctd"]
+SEARCHES = [
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("best_of_n", "beam", "dts", "evolution")
+    ),
+    "mctd",
+]
 
 
 class StoppedError(Exception):
@@ -132,6 +138,7 @@ class FamilyTests:
         assert torch.equal(ours.images, theirs.images)
         assert ours.nfe == [self.steps]
 
+    @pytest.mark.slow
     def test_best_of_one_in_half_precision_is_the_stock_picture(self) -> None:
         stock = self.make_stock().to(torch.bfloat16)
         pipe = MCTDPipeline.from_pipe(stock, reward_model=tiny.redness)
@@ -178,12 +185,14 @@ class FamilyTests:
         assert replayed.reward == out.rewards[2]
         assert replayed.nfe <= self.steps
 
+    @pytest.mark.slow
     def test_a_replay_of_a_picture_is_that_picture(self, pipe: Any, tmp_path: Path) -> None:
         out = self.run(pipe, search="beam", compute=3, output_type="pil")
         path = out.save(tmp_path / "picture.png")[0]
         replayed = pipe.replay(read_recipe(path))
         assert np.array_equal(np.array(replayed.images[0]), np.array(out.images[0]))
 
+    @pytest.mark.slow
     def test_a_search_stopped_goes_on_as_if_never_stopped(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
