@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from mctd_diffusers.calls import Prepared
+from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.families.parts import call_by_names, encoded_in_calls
 from mctd_diffusers.families.searching import searches
 from mctd_diffusers.families.unets import UNetFamily
@@ -22,6 +23,20 @@ class MCTDStableDiffusionPipeline(UNetFamily, StableDiffusionPipeline):
     the generic methods (downloading, saving, offloading, LoRA, IP adapters, textual inversion) and
     its components. A search steps a copy of `scheduler`, or DDIM where it cannot be branched.
     """
+
+    _optional_components: ClassVar[list[str]] = [
+        *StableDiffusionPipeline._optional_components,
+        *("text_encoder", "tokenizer", "preview_vae", "ige"),
+    ]
+
+    def _check_inputs(self, stock: dict[str, Any]) -> None:
+        lacking = [name for name in ("text_encoder", "tokenizer") if getattr(self, name) is None]
+        if lacking and (stock["prompt"] is not None or stock["negative_prompt"] is not None):
+            raise ConfigError(
+                f"the pipeline has no {' and no '.join(lacking)} to read prompts with: load it "
+                f"with {lacking[0]}=..., or pass prompt_embeds=..., and reward_prompt=..."
+            )
+        super()._check_inputs(stock)
 
     def _fill_in(self, stock: dict[str, Any]) -> None:
         if not stock["height"] or not stock["width"]:
