@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mctd_diffusers.denoising.latents import Drawn, Latents, Sample
+from mctd_diffusers.denoising.latents import Drawn, Latents, Sample, trim_heap
 from mctd_diffusers.denoising.solver_memory import SolverState
 from mctd_diffusers.errors import CapacityError
 
@@ -84,3 +84,14 @@ def test_what_a_solver_remembers_waits_with_the_sample() -> None:
     back = Latents(torch.device("meta"), "cpu").fetch_state(state)
     assert [row.device.type for row in back.history] == ["meta"]
     assert (back.step_index, back.visited, back.memory) == (1, (0,), ("memory",))
+
+
+def test_the_heap_is_trimmed_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    trims = []
+    monkeypatch.setattr("mctd_diffusers.denoising.latents.trim_heap", lambda: trims.append(1))
+    monkeypatch.setattr("mctd_diffusers.denoising.latents._TRIM_AFTER", 100)
+    latents = store()
+    for _ in range(9):
+        latents.keep(torch.zeros(4, 2, 3))  # 96 bytes
+    assert len(trims) == 4
+    trim_heap()
