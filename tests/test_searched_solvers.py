@@ -71,6 +71,7 @@ def world(name: str, num_steps: int, denoiser: Pixelwise) -> LatentEnvironment:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     searches,

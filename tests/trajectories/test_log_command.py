@@ -213,6 +213,7 @@ def quick(model: Path) -> list[str]:
     return [*given, "--schedulers", "DDIM:eta=1,ddpm"]
 
 
+@pytest.mark.slow
 def test_a_log_that_was_killed_ten_times_equals_one_that_was_not(
     model: Path, tmp_path: Path
 ) -> None:
