@@ -198,7 +198,7 @@ def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         check=False,
@@ -261,12 +261,12 @@ def test_two_processes_of_the_script_write_what_one_command_writes(
     options = [word.replace("__", "--", 1) for word in options[1:]]
     options[options.index("--output") + 1] = "shared"
     for processes in (2, 1):  # and again, with nothing to do
-        launcher = ["-m", *LAUNCH.split(), "--num_processes", str(processes)]
-        launcher += ["--dynamo_backend", "no"]
-        # The launcher of torch, with gloo where there is no GPU.
-        launcher += ["--multi_gpu"] if processes > 1 else ["--cpu"]
+        launcher = ["-m", *LAUNCH.split(), "--num_processes", "1", "--dynamo_backend", "no", "--cpu"]
+        if processes > 1:  # what `accelerate launch` calls where there are accelerators
+            launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         done = run(*launcher, script, *options, cwd=tmp_path)
         assert "card: shared/README.md" in done.stderr
+        assert ("2/2 [" in done.stderr) == (processes == 2)  # the first of two writes half
     one, two = files_of(tmp_path / "log"), files_of(tmp_path / "shared")
     assert one.keys() == two.keys()
     for name in one:
