@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import re
 import runpy
 import signal
@@ -251,8 +252,10 @@ def test_numbers_that_are_not_finite_end_before_training(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_two_processes_train_one_head(log: Path, tmp_path: Path) -> None:
     arguments = [f"--log={log}", f"--output={tmp_path}", *SMALL, "--max_train_steps=4"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
-    subprocess.run([*launch, str(SCRIPT), *arguments], check=True, cwd=SCRIPT.parents[1])
+    # What `accelerate launch` calls where there are accelerators; without, it starts one process.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--"]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, str(SCRIPT), *arguments], check=True, cwd=SCRIPT.parents[1], env=env)
     assert InformationGainEvaluator.from_pretrained(tmp_path).config["grids"] == [6, 10]
 
 
