@@ -140,7 +140,7 @@ def make_of_class(kind: str, num_steps: int = 0, **settings: Any) -> Any:
 class _Settings(dict[str, Any]):
     """Settings, known again by what they say."""
 
-    def __hash__(self) -> int:  # type: ignore[override]
+    def __hash__(self) -> int:  # type: ignore[override]  # dicts have none
         return hash(repr(self))
 
     def __eq__(self, other: object) -> bool:

@@ -30,14 +30,7 @@ PROMPT = "two blue cars"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a reward and a preview decoder, as a folder."""
-    folder = tmp_path_factory.mktemp("model")
-    pipe = MCTDPipeline.from_pipe(
-        tiny.make_stock(),
-        reward_model=tiny.make_clip_reward(),
-        preview_vae=tiny.make_preview_vae(),
-    )
-    pipe.save_pretrained(folder)
-    return folder
+    return tiny.save_with_parts(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -24,11 +24,11 @@ pytestmark = [
 ]
 
 
-class PlainDDIM(diffusers.DDIMScheduler):  # type: ignore[misc]
+class PlainDDIM(diffusers.DDIMScheduler):  # type: ignore[misc]  # untyped base
     """A subclass that changes nothing."""
 
 
-class MomentumEuler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
+class MomentumEuler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]  # untyped base
     """A subclass that remembers more than its parent: half of the last direction."""
 
     def __init__(self, **settings: Any) -> None:
@@ -49,12 +49,12 @@ class MomentumEuler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
         return super().step(mixed, timestep, sample, return_dict=return_dict)
 
 
-class OwnFlow(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class OwnFlow(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # untyped base
     """Flow matching by Euler steps, from nothing but the common protocol."""
 
     order = 1
 
-    @register_to_config  # type: ignore[untyped-decorator]
+    @register_to_config  # type: ignore[untyped-decorator]  # of diffusers
     def __init__(self, num_train_timesteps: Any = 1000, overshoot: float = 0.0) -> None:
         self.num_inference_steps: int | None = None
         self.timesteps = torch.zeros(0)
@@ -106,7 +106,7 @@ class Levelless(OwnFlow):
         return (sample - model_output / (self.num_inference_steps or 1),)
 
 
-class Counting(diffusers.DDIMScheduler):  # type: ignore[misc]
+class Counting(diffusers.DDIMScheduler):  # type: ignore[misc]  # untyped base
     """Counts in an attribute that nothing sets before its first step."""
 
     def step(
@@ -116,13 +116,13 @@ class Counting(diffusers.DDIMScheduler):  # type: ignore[misc]
         return super().step(model_output, timestep, sample, return_dict=return_dict)
 
 
-class StepMissing(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class StepMissing(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # untyped base
     def set_timesteps(self, num_inference_steps: int) -> None:
         self.timesteps = torch.arange(num_inference_steps)
 
 
 class OtherArguments(OwnFlow):
-    def step(self, sample: Tensor, model_output: Tensor, timestep: Any) -> Any:  # type: ignore[override]
+    def step(self, sample: Tensor, model_output: Tensor, timestep: Any) -> Any:  # type: ignore[override]  # on purpose
         return (sample,)
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 
 from mctd_diffusers import cli
 from mctd_diffusers.denoising.schedulers import REFUSED, TRAITS
-from mctd_diffusers.pipeline import MCTDPipeline
 from tests.pipelines import tiny
 
 # Of schedulers of diffusers under this numpy.
@@ -25,13 +24,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a reward and a preview decoder, and prompts beside it."""
-    folder = tmp_path_factory.mktemp("model")
-    pipe = MCTDPipeline.from_pipe(
-        tiny.make_stock(),
-        reward_model=tiny.make_clip_reward(),
-        preview_vae=tiny.make_preview_vae(),
-    )
-    pipe.save_pretrained(folder)
+    folder = tiny.save_with_parts(tmp_path_factory.mktemp("model"))
     (folder / "prompts.txt").write_text("a cup\na red car\ntwo cats\n")
     return folder
 

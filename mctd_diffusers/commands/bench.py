@@ -32,6 +32,8 @@ from mctd_diffusers.commands.common import (
 from mctd_diffusers.errors import ConfigError
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from mctd_diffusers.commands.common import Call
     from mctd_diffusers.evaluation.benchmark.cells import Cell, OnCell, Suite
     from mctd_diffusers.evaluation.benchmark.pipeline_suite import Gold
@@ -455,22 +457,35 @@ def _report(plan: BenchPlan, cells: Sequence[Cell], out: Path, rivals: Sequence[
 @contextlib.contextmanager
 def _progress(plan: BenchPlan, saved: list[Path]) -> Iterator[OnCell]:
     """A progress bar over the NFE of all cells; collects the files."""
-
-    def size(task: Task) -> int:
-        return len(task.prompts) * (task.nfe or plan.num_steps)
-
     tasks = plan.tasks()
-    with progress_bar(sum(map(size, tasks)), "NFE", unit_scale=True) as bar:
+    with progress_bar(sum(map(nfe_of, tasks)), "NFE", unit_scale=True) as bar:
+        yield moving_on(bar, saved, of=f"/{len(tasks)}")
 
-        def on_cell(task: Task, path: Path, is_new: bool) -> None:
-            saved.append(path)
-            where = f"{task.method.label} {task.budget.label} seed {task.seed}"
-            bar.set_postfix_str(f"{len(saved)}/{len(tasks)} cells, last {where}", refresh=False)
-            if is_new:
-                bar.update(size(task))
-            else:  # found, so its size says nothing of the speed
-                bar.initial += size(task)
-                bar.n += size(task)
-                bar.refresh()
 
-        yield on_cell
+def nfe_of(task: Task) -> int:
+    """What a cell may spend; of a budget of seconds, that of a plain sample for each image."""
+    return len(task.prompts) * (task.nfe or task.num_steps)
+
+
+def moving_on(bar: tqdm[Any], saved: list[Path], *, of: str = "", where: str = "") -> OnCell:
+    """Moves a bar on by the NFE of cells, and collects their files.
+
+    Args:
+        bar: counts NFE.
+        saved: the files, so far and from now on.
+        of: follows the number of cells.
+        where: precedes the name of a cell.
+    """
+
+    def on_cell(task: Task, path: Path, is_new: bool) -> None:
+        saved.append(path)
+        last = f"{where}{task.method.label} {task.budget.label} seed {task.seed}"
+        bar.set_postfix_str(f"{len(saved)}{of} cells, last {last}", refresh=False)
+        if is_new:
+            bar.update(nfe_of(task))
+        else:  # found, so its size says nothing of the speed
+            bar.initial += nfe_of(task)
+            bar.n += nfe_of(task)
+            bar.refresh()
+
+    return on_cell

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from mctd_diffusers.commands.bench import load_judged, names_in, read_methods
+from mctd_diffusers.commands.bench import load_judged, moving_on, names_in, nfe_of, read_methods
 from mctd_diffusers.commands.common import (
     SEARCH_HELP,
     Device,
@@ -27,12 +27,10 @@ from mctd_diffusers.commands.common import (
 from mctd_diffusers.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
-    from mctd_diffusers.evaluation.benchmark.cells import Cell, OnCell, Run
+    from mctd_diffusers.evaluation.benchmark.cells import Cell, Run
     from mctd_diffusers.evaluation.benchmark.comparison import Group
     from mctd_diffusers.evaluation.benchmark.pipeline_suite import Gold
-    from mctd_diffusers.evaluation.benchmark.plan import BenchPlan, Task
+    from mctd_diffusers.evaluation.benchmark.plan import BenchPlan
     from mctd_diffusers.evaluation.scheduler_effects.branching import Branching, BranchingPlan
     from mctd_diffusers.evaluation.scheduler_effects.comparison import Arm, Comparison
     from mctd_diffusers.evaluation.scheduler_effects.cost import Estimate
@@ -356,7 +354,7 @@ def _made(
 
     make_folder(out / "cells")
     plans = {named.name: comparison.plan_of(named) for named in comparison.schedulers}
-    nfe = sum(_nfe_of(task) for plan in plans.values() for task in plan.tasks())
+    nfe = sum(nfe_of(task) for plan in plans.values() for task in plan.tasks())
     if branching is not None:
         for named in comparison.schedulers:
             nfe += branching.nfe(stepper_of(named, branching.num_steps).calls_per_step)
@@ -372,30 +370,9 @@ def _made(
             plan = plans[named.name]
             pictures = pictures_folder(out, named.name)
             suite = SchedulerSuite(pipe, judge, plan, named, pictures)
-            on_cell = _on_cell(bar, named.name, saved)
+            on_cell = moving_on(bar, saved, where=f"{named.name}, ")
             cells[named.name] = make_cells(plan, suite, cells_folder(out, named.name), on_cell)
     return cells, measured
-
-
-def _nfe_of(task: Task) -> int:
-    return len(task.prompts) * (task.nfe or task.num_steps)
-
-
-def _on_cell(bar: tqdm[None], scheduler: str, saved: list[Path]) -> OnCell:
-    """Moves the bar on, and collects the files."""
-
-    def on_cell(task: Task, path: Path, is_new: bool) -> None:
-        saved.append(path)
-        where = f"{scheduler}, {task.method.label} {task.budget.label} seed {task.seed}"
-        bar.set_postfix_str(f"{len(saved)} cells, last {where}", refresh=False)
-        if is_new:
-            bar.update(_nfe_of(task))
-        else:  # found, so its size says nothing of the speed
-            bar.initial += _nfe_of(task)
-            bar.n += _nfe_of(task)
-            bar.refresh()
-
-    return on_cell
 
 
 # --- the report ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Low-rank adapters of the families that read prompts by a language model."""
+"""Low-rank adapters of the families whose denoiser is a transformer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from mctd_diffusers.pipeline import MCTDPipeline
-from tests.pipelines import tiny, tiny_flux2, tiny_qwen_image, tiny_z_image
+from tests.pipelines import tiny, tiny_flux, tiny_flux2, tiny_qwen_image, tiny_sd3, tiny_z_image
 from tests.pipelines.family_tests import seeded
 
 CALL: dict[str, Any] = {
@@ -28,11 +28,13 @@ ONE = {"search": "best_of_n", "compute": 1, "rows_per_call": 1}
 @pytest.mark.parametrize(
     ("make_stock", "call", "name"),
     [
+        (tiny_sd3.make_stock, {}, "joint_attention_kwargs"),
+        (tiny_flux.make_stock, {}, "joint_attention_kwargs"),
         (tiny_flux2.make_stock, KLEIN, "attention_kwargs"),
         (tiny_qwen_image.make_stock, {"true_cfg_scale": 1.0}, "attention_kwargs"),
         (tiny_z_image.make_stock, {}, "joint_attention_kwargs"),
     ],
-    ids=["flux2_klein", "qwen_image", "z_image"],
+    ids=["sd3", "flux", "flux2_klein", "qwen_image", "z_image"],
 )
 def test_they_are_scaled_and_switched_off_as_the_stock_pipeline_does_it(
     make_stock: Callable[[], DiffusionPipeline], call: dict[str, Any], name: str
@@ -42,13 +44,16 @@ def test_they_are_scaled_and_switched_off_as_the_stock_pipeline_does_it(
     before = pipe(**CALL, **call, **ONE, generator=seeded(0)[0]).images
     config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
     stock.transformer.add_adapter(config)
-    pictures = [before]
-    for scale in (0.5, 1.0):
+    pictures: list[Any] = []
+    for scale in (0.0, 0.5, 1.0):
         given = {**CALL, **call, name: {"scale": scale}}
         theirs = stock(**given, generator=seeded(0)[0]).images
-        ours = pipe(**given, **ONE, generator=seeded(0)[0]).images
+        found = pipe(**given, **ONE, generator=seeded(0)[0])
+        ours = found.images
         assert torch.equal(ours, theirs)
+        assert pipe.replay(found.search[0].recipe).reward == found.rewards[0]
         assert not any(torch.equal(ours, other) for other in pictures)
+        assert scale == 0 or not torch.equal(ours, before)
         pictures.append(ours)
     stock.transformer.disable_adapters()
     assert torch.equal(pipe(**CALL, **call, **ONE, generator=seeded(0)[0]).images, before)

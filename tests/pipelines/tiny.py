@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mctd_diffusers.models.ige import InformationGainEvaluator
+from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.rewards.clip import ClipReward, Preprocessing
 
 TEXT_LENGTH = 24
@@ -211,3 +213,12 @@ def redness(images: torch.Tensor, prompts: list[str]) -> list[float]:
     """How much more red than green and blue; a reward without a model."""
     red, green, blue = images.double().mean(dim=(2, 3)).unbind(dim=1)
     return (red - (green + blue) / 2).tolist()
+
+
+def save_with_parts(folder: Path) -> Path:
+    """A pipeline with a reward and a preview decoder, as a folder."""
+    pipe = MCTDPipeline.from_pipe(
+        make_stock(), reward_model=make_clip_reward(), preview_vae=make_preview_vae()
+    )
+    pipe.save_pretrained(folder)
+    return folder
