@@ -170,10 +170,12 @@ class Evaluation(NamedTuple):
     Attributes:
         outputs: its answers, guidance kept apart.
         features: by name of the block, ``[batch, features]``; empty without a tap.
+        maps: features of one block where they are, not pooled; ``None`` where no tap keeps them.
     """
 
     outputs: Outputs
     features: dict[str, Float[Tensor, "batch features"]]
+    maps: Float[Tensor, "batch channels rows columns"] | None = None
 
 
 class FeatureTap:
@@ -181,7 +183,7 @@ class FeatureTap:
 
     Of every channel the mean and the standard deviation over space, in this order. A context
     manager: the hooks stand while it is open, and are gone however it closes. Pooling happens
-    inside the hooks, so the maps themselves are never kept.
+    inside the hooks, so the maps themselves are not kept, but for that of ``map_block``.
 
     Args:
         network: a denoiser of diffusers, see `tappable_blocks`.
@@ -190,7 +192,8 @@ class FeatureTap:
             conditional half is read: what the picture is meant to become. Of a network that is
             called for each half, the last call is read.
         conditional_first: whether the conditional half comes first.
-        names: blocks to read; ``None`` reads all.
+        names: blocks to read; ``None`` reads all of `tappable_blocks`.
+        map_block: the one of `mappable_blocks` whose features are kept as they are over space.
 
     Raises:
         ConfigError: a name is that of no block.
@@ -203,24 +206,41 @@ class FeatureTap:
         rows_per_latent: int = 1,
         conditional_first: bool = False,
         names: Collection[str] | None = None,
+        map_block: str | None = None,
     ) -> None:
-        blocks = tappable_blocks(network)
-        if unknown := sorted(set(names or ()) - set(blocks)):
-            raise ConfigError(
-                f"{type(network).__name__} has no blocks {', '.join(unknown)}: name some of "
-                f"{', '.join(blocks)}"
-            )
-        self._blocks = {
-            name: block for name, block in blocks.items() if names is None or name in names
-        }
+        self._network = network
+        self._blocks = _named(network, tappable_blocks(network), names)
+        mapped = () if map_block is None else (map_block,)
+        self._mapped = _named(network, mappable_blocks(network), mapped)
         self._rows_per_latent = rows_per_latent
-        self._conditional = 0 if conditional_first else -1
+        self._conditional_first = conditional_first
         self._hooks: list[Any] = []
         self._features: dict[str, Tensor] = {}
+        self._maps: Tensor | None = None
+
+    def mapping(self, block: str, *, pools: bool = True) -> FeatureTap:
+        """A tap on the same network that keeps the map of a block.
+
+        Args:
+            block: one of `mappable_blocks`.
+            pools: whether it reads pooled features too, as this one does.
+
+        Raises:
+            ConfigError: there is no such block.
+        """
+        return FeatureTap(
+            self._network,
+            rows_per_latent=self._rows_per_latent,
+            conditional_first=self._conditional_first,
+            names=tuple(self._blocks) if pools else (),
+            map_block=block,
+        )
 
     def __enter__(self) -> FeatureTap:
         for name, block in self._blocks.items():
             self._hooks.append(block.register_forward_hook(self._reader(name)))
+        for block in self._mapped.values():
+            self._hooks.append(block.register_forward_hook(self._keep_map))
         return self
 
     def __exit__(
@@ -233,21 +253,49 @@ class FeatureTap:
             hook.remove()
         self._hooks.clear()
         self._features.clear()
+        self._maps = None
 
     def take(self) -> dict[str, Float[Tensor, "batch features"]]:
         """The features of the last call, in single precision; empty if there was none."""
         features, self._features = self._features, {}
         return features
 
+    def take_maps(self) -> Float[Tensor, "batch channels rows columns"] | None:
+        """The map of the last call, in the network's precision; ``None`` if none was kept."""
+        maps, self._maps = self._maps, None
+        return maps
+
     def _reader(self, name: str) -> Any:
         def read(block: nn.Module, inputs: Any, output: Any) -> None:
-            # UNets: (hidden, residuals); transformers: (hidden of the text, hidden).
-            parts = output if isinstance(output, tuple) else (output,)
-            hidden = [part for part in parts if isinstance(part, Tensor)][-1]
-            conditional = hidden.chunk(self._rows_per_latent)[self._conditional]
-            self._features[name] = pooled(conditional.detach().float())
+            self._features[name] = pooled(self._conditional_half(output).float())
 
         return read
+
+    def _keep_map(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        self._maps = self._conditional_half(output)
+
+    def _conditional_half(self, output: Any) -> Tensor:
+        # UNets: (hidden, residuals); transformers: (hidden of the text, hidden).
+        parts = output if isinstance(output, tuple) else (output,)
+        hidden = [part for part in parts if isinstance(part, Tensor)][-1]
+        place = 0 if self._conditional_first else -1
+        return hidden.chunk(self._rows_per_latent)[place].detach()
+
+
+def _named(
+    network: nn.Module, blocks: dict[str, nn.Module], names: Collection[str] | None
+) -> dict[str, nn.Module]:
+    """Those of the blocks that are named; all of them by ``None``.
+
+    Raises:
+        ConfigError: a name is that of no block.
+    """
+    if unknown := sorted(set(names or ()) - set(blocks)):
+        raise ConfigError(
+            f"{type(network).__name__} has no blocks {', '.join(unknown)}: name some of "
+            f"{', '.join(blocks) or 'another network'}"
+        )
+    return {name: block for name, block in blocks.items() if names is None or name in names}
 
 
 def tappable_blocks(network: Any) -> dict[str, nn.Module]:
@@ -262,6 +310,17 @@ def tappable_blocks(network: Any) -> dict[str, nn.Module]:
     stacks = ("transformer_blocks", "single_transformer_blocks", "layers")
     chain = [block for name in stacks for block in getattr(network, name, ())]
     return {f"block.{i}": block for i, block in enumerate(chain)}
+
+
+def mappable_blocks(network: Any) -> dict[str, nn.Module]:
+    """The blocks of a UNet, whose features lie over the picture, by name, from its input on.
+
+    Those of `tappable_blocks` and, on the way up, ``up.0``, ``up.1``, ... Other networks have none.
+    """
+    if not hasattr(network, "up_blocks"):
+        return {}
+    up = {f"up.{i}": block for i, block in enumerate(network.up_blocks)}
+    return tappable_blocks(network) | up
 
 
 def pooled(maps: Float[Tensor, "batch *axes"]) -> Float[Tensor, "batch features"]:
@@ -368,7 +427,8 @@ class Denoiser:
         if self.features is None:
             return Evaluation(self.network(inputs, timesteps, problems), {})
         with self.features as tap:
-            return Evaluation(self.network(inputs, timesteps, problems), tap.take())
+            outputs = self.network(inputs, timesteps, problems)
+            return Evaluation(outputs, tap.take(), tap.take_maps())
 
     def combine(
         self, outputs: Outputs, guidances: Sequence[float | None] | None = None
@@ -394,9 +454,13 @@ class Denoiser:
 
 
 def _rows_of(evaluation: Evaluation, rows: slice | list[int]) -> Evaluation:
-    (conditional, unconditional), features = evaluation
+    (conditional, unconditional), features, maps = evaluation
     outputs = Outputs(conditional[rows], None if unconditional is None else unconditional[rows])
-    return Evaluation(outputs, {name: feature[rows] for name, feature in features.items()})
+    return Evaluation(
+        outputs,
+        {name: feature[rows] for name, feature in features.items()},
+        None if maps is None else maps[rows],
+    )
 
 
 def _together(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -404,6 +468,7 @@ def _together(evaluations: Sequence[Evaluation]) -> Evaluation:
         return evaluations[0]
     outputs = [evaluation.outputs for evaluation in evaluations]
     unconditional = [o.unconditional for o in outputs if o.unconditional is not None]
+    maps = [evaluation.maps for evaluation in evaluations if evaluation.maps is not None]
     return Evaluation(
         Outputs(
             torch.cat([o.conditional for o in outputs]),
@@ -413,4 +478,5 @@ def _together(evaluations: Sequence[Evaluation]) -> Evaluation:
             name: torch.cat([evaluation.features[name] for evaluation in evaluations])
             for name in evaluations[0].features
         },
+        torch.cat(maps) if maps else None,
     )

@@ -91,7 +91,8 @@ class LatentEnvironment:
         storage: where tensors wait between calls; by default the device itself.
         half: whether samples of single precision wait in half, see `Latents`; what is fixed here
             is what samples become, so a replay needs the same.
-        features: a tap on the network, where features of the samples will be asked for.
+        features: a tap on the network, where features of the samples will be asked for; maps of
+            features are kept where it keeps that of a block.
         gain_model: predicts what jumps tell; ``None`` where a search asks for no predictions.
         kinds: of each problem, as for `Denoiser`.
 
@@ -174,7 +175,7 @@ class LatentEnvironment:
             return
         with _or_as_before(fresh):
             self._make(fresh)
-            outputs, features = self._denoiser(
+            outputs, features, maps = self._denoiser(
                 self._latents_of(fresh),
                 [_state(sample) for sample in fresh],
                 [sample.problem for sample in fresh],
@@ -190,6 +191,9 @@ class LatentEnvironment:
         for name, rows in features.items():
             for sample, row in zip(fresh, self._samples.keep(rows), strict=True):
                 sample.features[name] = row
+        if maps is not None:
+            for sample, row in zip(fresh, self._samples.keep(maps), strict=True):
+                sample.map = row
 
     def step(self, parents: Handles, actions: Sequence[Action], seeds: Seeds) -> Handles:
         """Make one lazy child for each (evaluated parent, action, seed).
@@ -485,6 +489,28 @@ class LatentEnvironment:
         features["estimate"] = torch.cat([estimate, scaled], dim=1)
         return features
 
+    def feature_maps(self, handles: Handles) -> Float[Tensor, "batch channels rows columns"]:
+        """Features of evaluated samples over space, of the block whose map the tap keeps.
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: a sample is finished, or not evaluated.
+            ConfigError: no maps are kept.
+        """
+        samples = self._evaluated(handles)
+        maps = [sample.map for sample in samples if sample.map is not None]
+        if len(maps) < len(samples):
+            raise ConfigError(
+                f"{len(samples) - len(maps)} of {len(samples)} samples have no map of features: "
+                "make the environment with a tap that keeps one, FeatureTap.mapping(block)"
+            )
+        return self._samples.gather(maps)
+
+    @property
+    def map_bytes(self) -> int:
+        """Bytes that maps of features take up now; released samples take none."""
+        return self._samples.map_bytes
+
     @torch.no_grad()
     def estimate_change(self, handles: Handles) -> npt.NDArray[np.float64]:
         """Change of the denoised estimate since the parent's, rms, by that of half the log-SNR.
@@ -590,7 +616,7 @@ class LatentEnvironment:
         halves = [cast(Midway, sample.origin) for sample in samples]
         midpoints = self._samples.gather([half.latents for half in halves])
         states = [self._samples.fetch_state(half.state) for half in halves]
-        outputs, _ = self._denoiser(midpoints, states, [sample.problem for sample in samples])
+        outputs, *_ = self._denoiser(midpoints, states, [sample.problem for sample in samples])
         with timed(self.ledger, "step", self._device):
             actions = [cast(Action, state.midway) for state in states]
             latents, after = self._stepper.complete(
@@ -943,6 +969,7 @@ def _exported(sample: Sample) -> dict[str, Any]:
         "conditional": None if conditional is None else conditional.clone().cpu(),
         "unconditional": None if unconditional is None else unconditional.clone().cpu(),
         "features": {name: row.clone().cpu() for name, row in sample.features.items()},
+        "map": None if sample.map is None else sample.map.clone().cpu(),
         "parent_estimate": sample.parent_estimate
         and (sample.parent_estimate[0].clone().cpu(), sample.parent_estimate[1]),
         "values": dict(sample.values),
@@ -974,6 +1001,7 @@ def _restored(saved: dict[str, Any], storage: torch.device) -> Sample:
         state=None if origin else state,
         outputs=None if conditional is None else Outputs(conditional, here(saved["unconditional"])),
         features={name: row.clone().to(storage) for name, row in saved["features"].items()},
+        map=here(saved.get("map")),
         parent_estimate=saved["parent_estimate"]
         and (saved["parent_estimate"][0].clone().to(storage), saved["parent_estimate"][1]),
         values=dict(saved["values"]),

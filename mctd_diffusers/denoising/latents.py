@@ -109,6 +109,7 @@ class Sample:
         state: what the solver remembers; ``None`` while lazy, and of no use once finished.
         outputs: the network's answers, one row each; ``None`` until evaluated.
         features: of the network's blocks, one row each, where they are read.
+        map: of one block of the network, one row, where maps are kept.
         parent_estimate: denoised estimate of the parent and its step index, where changes are read.
         values: reward of the denoised estimate, once asked, by the guidance of the estimate.
         reward: reward of the finished picture, once asked.
@@ -122,6 +123,7 @@ class Sample:
     state: SolverState | None = None
     outputs: Outputs | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
+    map: Tensor | None = None
     parent_estimate: tuple[Tensor, int] | None = None
     values: dict[float | None, float] = field(default_factory=dict)
     reward: float | None = None
@@ -154,6 +156,11 @@ class Latents:
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    @property
+    def map_bytes(self) -> int:
+        """Bytes of the maps of features that samples hold."""
+        return sum(s.map.nbytes for s in self._samples.values() if s.map is not None)
 
     def add(self, samples: Iterable[Sample]) -> Handles:
         """Take in samples and name them."""
