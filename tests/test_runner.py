@@ -459,6 +459,49 @@ def test_ctrl_c_with_nothing_finished_is_ctrl_c() -> None:
         search(BestOfN(), environment, nfe=30)
 
 
+@pytest.mark.parametrize(
+    "strategy", [BestOfN(wave_size=2), Beam(candidates=2), MCTD()], ids=lambda s: s.name
+)
+@pytest.mark.parametrize("waves", [1, 4, 12])
+def test_when_it_is_interrupted_every_image_completes_its_first_sample(
+    strategy: Strategy, waves: int
+) -> None:
+    environment = small_environment(3, 6)
+    seen: list[Wave] = []
+    results = run_search(
+        strategy,
+        environment,
+        problems_of(environment, Budget(nfe=60), strategy=strategy),
+        on_wave=seen.append,
+        is_interrupted=lambda: len(seen) >= waves,
+    )
+    before = seen[waves - 1]
+    for result in results:
+        assert result.stop_reason == "interrupted"
+        assert result.best is not None
+        more = 0 if before.best[result.problem] is not None else 6
+        assert result.spent.nfe <= before.nfe[result.problem] + more
+
+
+def test_a_wave_names_the_samples_that_it_answered() -> None:
+    environment = small_environment(2, 3)
+    seen: list[Wave] = []
+    (one, other) = run_search(
+        Beam(), environment, problems_of(environment, Budget(nfe=24)), on_wave=seen.append
+    )
+    evaluated = [wave for wave in seen if wave.kind == "denoise"]
+    for image, result in enumerate((one, other)):
+        handles = [
+            handle
+            for wave in evaluated
+            for handle, problem in zip(wave.handles.tolist(), wave.problems, strict=True)
+            if problem == image
+        ]
+        tree = result.tree
+        assert sorted(handles) == sorted(tree.handle[tree.evaluated].tolist())
+    assert all(wave.size == len(wave.handles) == len(wave.problems) for wave in seen)
+
+
 def test_an_error_carries_what_was_found_before_it() -> None:
     environment = small_environment(2, 3, make=FailingEnvironment)
     assert isinstance(environment, FailingEnvironment)

@@ -203,6 +203,31 @@ def test_a_call_that_ctrl_c_broke_off_is_made_again(
     assert again.ledger.total == whole_world.ledger.total
 
 
+@pytest.mark.parametrize("waves", [1, 5, 9])
+@pytest.mark.parametrize("strategy", [BestOfN(wave_size=2), Beam(candidates=2), MCTD()])
+def test_a_search_that_was_interrupted_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, strategy: Strategy, waves: int
+) -> None:
+    budget = Budget(nfe=24)
+    whole_world = small_environment(2, STEPS)
+    whole = run_search(strategy, whole_world, problems_of(whole_world, budget, strategy=strategy))
+    world, seen = small_environment(2, STEPS), list[Wave]()
+    problems, log = problems_of(world, budget, strategy=strategy), SearchLog()
+    interrupted = run_search(
+        strategy,
+        world,
+        problems,
+        log=log,
+        on_wave=seen.append,
+        is_interrupted=lambda: len(seen) >= waves,
+    )
+    assert all(result.best is not None for result in interrupted)
+    save(tmp_path, strategy, world, problems, log)
+    again = small_environment(2, STEPS)
+    assert_same_search(resume(tmp_path, again), whole)
+    assert again.ledger.total == whole_world.ledger.total
+
+
 @pytest.mark.parametrize("waves", [2, 6, 8, 10])
 def test_the_seconds_of_a_search_go_on_where_they_stopped(tmp_path: Path, waves: int) -> None:
     budget, strategy = Budget(nfe=60), Beam(candidates=2)

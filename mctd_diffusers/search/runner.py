@@ -160,12 +160,16 @@ class Wave(NamedTuple):
     Attributes:
         kind: ``"denoise"``, ``"value"`` or ``"reward"``.
         size: samples in the call.
+        handles: of those that were answered; still live.
+        problems: the image of each.
         nfe: ``[problems]`` evaluations spent on each image so far.
         best: ``[problems]`` best reward of each image so far; ``None`` where none is finished.
     """
 
     kind: str
     size: int
+    handles: Handles
+    problems: list[int]
     nfe: list[int]
     best: list[float | None]
 
@@ -177,6 +181,7 @@ def run_search(
     *,
     seconds: float | None = None,
     on_wave: Callable[[Wave], None] | None = None,
+    is_interrupted: Callable[[], bool] | None = None,
     clock: Callable[[], float] = time.monotonic,
     log: SearchLog | None = None,
 ) -> list[SearchResult]:
@@ -189,6 +194,9 @@ def run_search(
         seconds: wall-clock bound for the call. When it is over, every image still completes its
             first finished sample, without further search; then the search stops.
         on_wave: called after each denoise, value or reward call; the log is whole then.
+        is_interrupted: asked after ``on_wave``. Once it says so the search stops, when every image
+            has completed its first finished sample, as for ``seconds``; ``stop_reason`` is
+            ``"interrupted"``. The log ends there, so from it the search goes on.
         clock: seconds; a parameter for tests.
         log: is written. One that holds answers is read first, and the search goes on from there as
             if it had never stopped, bit for bit; ``environment`` must hold the samples that are
@@ -218,19 +226,20 @@ def run_search(
     try:
         queue.start()
         while (kind := queue.next_kind()) is not None:
-            size, is_new = queue.answer(kind)
+            leaves, is_new = queue.answer(kind)
             if kind in _CHEAP:
                 continue
-            if is_new and seconds is not None and log.time_up_after is None:
+            is_timed = is_new and log.time_up_after is None and queue.stopped is None
+            if seconds is not None and is_timed:
                 log.seconds = clock() - started
                 if log.seconds >= seconds:
                     log.time_up_after = queue.num_answers
             if log.time_up_after == queue.num_answers:
-                queue.stop_for_time()
+                queue.stop_early("time")
             if is_new and on_wave is not None:
-                spent = [image.problem.account.spent.nfe for image in images]
-                best = [image.best_reward for image in images]
-                on_wave(Wave(kind.__name__.lower(), size, spent, best))
+                on_wave(_wave(kind, leaves, images))
+            if is_new and is_interrupted is not None and is_interrupted():
+                queue.stop_early("interrupted")
     except KeyboardInterrupt:
         if not any(image.finished for image in images):
             raise
@@ -266,10 +275,23 @@ def rebuild(strategy: Strategy, problems: Sequence[Problem], log: SearchLog) -> 
     while queue.num_answers < len(log.answers) and (kind := queue.next_kind()) is not None:
         queue.answer(kind)
         if kind in _EXPENSIVE and log.time_up_after == queue.num_answers:
-            queue.stop_for_time()
+            queue.stop_early("time")
     for image in images:
         image.stop("interrupted")
     return [image.result() for image in images]
+
+
+def _wave(kind: type[Request], leaves: Sequence[_Leaf], images: Sequence[_Image]) -> Wave:
+    """What there is to say of a call that answered ``leaves``."""
+    answered = [leaf for leaf in leaves if leaf.reply is not None]
+    return Wave(
+        kind=kind.__name__.lower(),
+        size=sum(leaf.size for leaf in leaves),
+        handles=_handles_of(answered) if answered else np.empty(0, dtype=np.int64),
+        problems=[leaf.image.problem.index for leaf in answered for _ in range(leaf.size)],
+        nfe=[image.problem.account.spent.nfe for image in images],
+        best=[image.best_reward for image in images],
+    )
 
 
 def _check_indices(problems: Sequence[Problem]) -> None:
@@ -438,15 +460,15 @@ class _Image:
         self.error = error
         self.stop("error")
 
-    def stop_for_time(self) -> list[_Leaf]:
+    def stop_early(self, reason: StopReason) -> list[_Leaf]:
         """End the search, or let it complete its first sample; returns the requests for that."""
         if self._stop_reason is not None:
             return []
         if self.finished:
-            self.stop("time")
+            self.stop(reason)
             return []
         self._coroutine.close()
-        self._coroutine = self._complete_in_time()
+        self._coroutine = self._complete_first(reason)
         return self._advance(None)
 
     def result(self) -> SearchResult:
@@ -463,9 +485,9 @@ class _Image:
             error=self.error,
         )
 
-    def _complete_in_time(self) -> Asks:
+    def _complete_first(self, reason: StopReason) -> Asks:
         yield from complete(self.problem)
-        return "time"
+        return reason
 
     def _advance(self, replies: Any) -> list[_Leaf]:
         """Send the replies; returns the next requests, checked against the budget."""
@@ -530,22 +552,26 @@ class _Queue:
         }
         self._num_samples = dict.fromkeys(_EXPENSIVE, 0)
         self._aside: dict[_Image, list[_Leaf]] = {}
-        self._time_is_up = False
+        self.stopped: StopReason | None = None
 
     def start(self) -> None:
         """Let every image ask for the first time."""
         for image in self._images:
             self._add(image.start())
 
-    def stop_for_time(self) -> None:
-        """Forget what is pending, and let every image complete its first sample; once."""
-        if self._time_is_up:
+    def stop_early(self, reason: StopReason) -> None:
+        """Forget what is pending, and let every image complete its first sample; once.
+
+        What is interrupted goes on from its log, which an interruption therefore ends.
+        """
+        if self.stopped is not None:
             return
-        self._time_is_up = True
+        self.stopped = reason
+        self._is_logged = self._is_logged and reason != "interrupted"
         self._replace_leaves([])
         for image in self._images:
             if image not in self._aside:
-                self._add(image.stop_for_time())
+                self._add(image.stop_early(reason))
 
     def next_kind(self) -> type[Request] | None:
         """Kind to answer now: any cheap one, else the expensive one with the most samples."""
@@ -559,11 +585,11 @@ class _Queue:
             return kind
         return next((kind for kind in _EXPENSIVE if self._leaves[kind]), None)
 
-    def answer(self, kind: type[Request]) -> tuple[int, bool]:
+    def answer(self, kind: type[Request]) -> tuple[list[_Leaf], bool]:
         """Answer all pending requests of a kind in one call.
 
         Returns:
-            The number of samples, and whether the environment was asked, not the log.
+            The requests, and whether the environment was asked, not the log.
         """
         leaves = self._leaves[kind]
         self._leaves[kind] = []
@@ -578,7 +604,7 @@ class _Queue:
                 self._aside.setdefault(leaf.image, []).append(leaf)
         if None in replies:
             self._put_aside()
-        return sum(leaf.size for leaf in leaves), is_new
+        return leaves, is_new
 
     @property
     def _log_is_read(self) -> bool:
@@ -611,7 +637,7 @@ class _Queue:
         aside, self._aside = self._aside, {}
         for image, leaves in aside.items():
             if image.error is None:
-                self._add(image.stop_for_time() if self._time_is_up else leaves)
+                self._add(leaves if self.stopped is None else image.stop_early(self.stopped))
 
     def _ask(self, kind: type[Request], leaves: list[_Leaf]) -> list[Reply | None]:
         """Replies of the environment, and the log's next entry; ``None`` where an image failed."""
