@@ -100,6 +100,48 @@ class Decoder(Protocol):
 
 
 @runtime_checkable
+class Codec(Protocol):
+    """Clean latents to images and back, as the fusion ``pixel`` needs it."""
+
+    def decode(
+        self, clean: Float[Tensor, "batch *sample"]
+    ) -> Float[Tensor, "batch 3 rows columns"]:
+        """Images in [0, 1]."""
+        ...
+
+    def encode(
+        self, images: Float[Tensor, "batch 3 rows columns"]
+    ) -> Float[Tensor, "batch *sample"]:
+        """Clean latents of images; the same ones each time, so no draw from a law."""
+        ...
+
+
+@runtime_checkable
+class FeatureDecoder(Protocol):
+    """Clean latents by the features of one of the network's blocks."""
+
+    @property
+    def block(self) -> str:
+        """Name of the block whose features it reads."""
+        ...
+
+    def __call__(
+        self,
+        features: Float[Tensor, "batch channels feature_rows feature_columns"],
+        signal: float,
+        noise: float,
+    ) -> Float[Tensor, "batch *sample"]:
+        """Denoised estimates of samples.
+
+        Args:
+            features: of that block, as it computed them at the samples.
+            signal: factor of clean latents at the samples' noise level.
+            noise: factor of noise there.
+        """
+        ...
+
+
+@runtime_checkable
 class GainModel(Protocol):
     """Says what jumps from evaluated samples would tell, before they are made.
 
