@@ -25,15 +25,14 @@ os.environ.update(
 
 import pytest
 from hypothesis import HealthCheck, settings
-from jaxtyping import install_import_hook
 
-import tests.typechecking
+from tests.typechecking import check_package
 
 if TYPE_CHECKING:
     from tests.pipelines.hub import HubServer
 
 # Every call of the package is checked against its signature, shapes included.
-install_import_hook("mctd_diffusers", f"{tests.typechecking.__name__}.check_types")
+check_package("mctd_diffusers")
 
 # `make test` draws the same examples everywhere; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile(
