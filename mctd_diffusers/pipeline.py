@@ -102,6 +102,7 @@ from mctd_diffusers.results import (
     bytes_of,
     check_recipe,
     first_draws,
+    makers_of,
     recipe_scheduler,
     recipe_settings,
     recipe_stock,
@@ -117,7 +118,14 @@ from mctd_diffusers.saved_calls import (
     restored_world,
     saved_arguments,
 )
-from mctd_diffusers.search.environment import FIRST_DRAW, Action, Handles, Prices
+from mctd_diffusers.search.environment import (
+    FIRST_DRAW,
+    REJECTED,
+    Action,
+    Handles,
+    Prices,
+    Seeds,
+)
 from mctd_diffusers.search.log import SearchLog
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.runner import Finished, SearchResult, Strategy, Wave, run_search
@@ -1167,7 +1175,7 @@ class MCTDPipeline(DiffusionPipeline):
         """
         check_recipe(recipe, self.stock_class.__name__)
         moves = recipe["moves"]
-        needs_noise = moves[0]["seed"] == FIRST_DRAW
+        needs_noise = any(move["seed"] == FIRST_DRAW for move in moves)
         world = self.world_of(recipe, latents, needs_noise=needs_noise, **arguments)
         _check_length(moves, world.stepper.num_steps)
         environment = world.environment
@@ -1335,36 +1343,56 @@ class MCTDPipeline(DiffusionPipeline):
 
 
 def _retrace(environment: LatentEnvironment, moves: Sequence[dict[str, Any]]) -> list[Handles]:
-    """Make the samples along a path again; evaluates those alone that it needs."""
+    """Make the samples of moves again; evaluates those alone that later moves need evaluated."""
     evaluated = _evaluated_places(moves, environment.num_steps)
-    path: list[Handles] = []
+    made: list[Handles] = []
     for place, move in enumerate(moves):
         seeds = np.array([move["seed"]], dtype=np.int64)
-        if move["move"] == "draw":
-            handles = environment.reset(np.zeros(1, dtype=np.int64), seeds)
-        else:
-            parent = path[-1]
-            if place - 1 in evaluated:
-                environment.denoise(parent)
-            if move["move"] == "step":
+        sources = [made[maker] for maker in makers_of(moves, place)]
+        match move["move"]:
+            case "draw":
+                handles = environment.reset(np.zeros(1, dtype=np.int64), seeds)
+            case "step":
                 action = Action(move["stride"], move["eta"], move.get("guidance"))
-                handles = environment.step(parent, [action], seeds)
-            elif move["move"] == "perturb":
-                handles = environment.perturb(parent, np.array([move["strength"]]), seeds)
-            else:
-                handles = environment.renoise(parent, move["step_index"], seeds)
-        path.append(handles)
-    return path
+                handles = environment.step(sources[0], [action], seeds)
+            case "perturb":
+                handles = environment.perturb(sources[0], np.array([move["strength"]]), seeds)
+            case "fuse":
+                handles = _fuse_again(environment, move, np.concatenate(sources), seeds)
+            case _:
+                handles = environment.renoise(sources[0], move["step_index"], seeds)
+        if place in evaluated:
+            environment.denoise(handles)
+        made.append(handles)
+    return made
+
+
+def _fuse_again(
+    environment: LatentEnvironment, move: dict[str, Any], particles: Handles, seeds: Seeds
+) -> Handles:
+    """Make the fused sample of a recipe again, which was accepted then."""
+    weights = np.array(move["weights"], dtype=np.float64)
+    guidances = [move.get("guidance")]
+    handles = environment.fuse([particles], [weights], [move["method"]], seeds, guidances).handles
+    if handles[0] == REJECTED:
+        raise ConfigError(
+            f"the recipe fuses {len(particles)} samples by {move['method']!r}, which is rejected "
+            "here: replay it with the model, the precision and the versions that made it"
+        )
+    return handles
 
 
 def _evaluated_places(moves: Sequence[dict[str, Any]], num_steps: int) -> list[int]:
-    """Which samples of a path the next move needs evaluated: neither varied ones nor finished."""
+    """Which samples of moves others need evaluated: neither varied ones nor finished ones."""
     indices = step_indices(moves)
-    return [
-        place
-        for place, move in enumerate(moves[1:])
-        if move["move"] != "perturb" and indices[place] < num_steps
-    ]
+    needed = {
+        maker
+        for place, move in enumerate(moves)
+        if move["move"] != "perturb"
+        for maker in makers_of(moves, place)
+        if indices[maker] < num_steps
+    }
+    return sorted(needed)
 
 
 def _check_length(moves: Sequence[dict[str, Any]], num_steps: int) -> None:

@@ -30,19 +30,29 @@ from mctd_diffusers.models.refining import IGEUpdate
 from mctd_diffusers.search.environment import Counts, Ledger, Prices
 from mctd_diffusers.search.runner import Finished, SearchResult
 from mctd_diffusers.search.sampling import sample_from_tree
-from mctd_diffusers.search.tree import DRAW, PERTURB, RENOISE, STEP, Tree, path_to_root
+from mctd_diffusers.search.tree import (
+    DRAW,
+    FUSE,
+    PERTURB,
+    RENOISE,
+    ROOT,
+    STEP,
+    Tree,
+    ancestry,
+    makers,
+)
 
 logger = logging.getLogger(__name__)
 
 Recipe: TypeAlias = dict[str, Any]
 """JSON-able; see `RECIPE_VERSION` and `ImageSearch.recipe`."""
 
-RECIPE_VERSION = 3
-RECIPE_VERSIONS = (1, 2, 3)
+RECIPE_VERSION = 4
+RECIPE_VERSIONS = (1, 2, 3, 4)
 """Those that a replay reads.
 
 Version 1 knew no guidance of single edges and no perturbation; version 2 neither calls of several
-sizes nor samples that wait in half precision.
+sizes nor samples that wait in half precision; version 3 no fusion.
 """
 RECIPE_KEY = "mctd_recipe"
 """Name of the text chunk of a PNG file that holds the recipe."""
@@ -91,7 +101,13 @@ RECIPE_ENTRIES = (
 )
 """What a replay reads of a recipe, beside its version and pipeline."""
 
-MOVE_NAMES = {DRAW: "draw", STEP: "step", RENOISE: "renoise", PERTURB: "perturb"}
+MOVE_NAMES = {
+    DRAW: "draw",
+    STEP: "step",
+    RENOISE: "renoise",
+    PERTURB: "perturb",
+    FUSE: "fuse",
+}
 
 
 class Sample(NamedTuple):
@@ -111,32 +127,46 @@ class Sample(NamedTuple):
 
 
 def moves_to(tree: Tree, node: int) -> list[dict[str, Any]]:
-    """The moves from the root of ``tree`` to ``node``, as plain data.
+    """The moves that make ``node`` from nothing, as plain data; the last one makes it.
 
     Returns:
-        One dict a move: ``move`` (``"draw"``, ``"step"``, ``"renoise"`` or ``"perturb"``),
-        ``seed``, and for a step its ``stride``, ``eta`` (``None``: as the user's own scheduler) and
-        ``guidance`` (``None``: the call's own), for a renoising the ``step_index`` it goes back to,
-        for a perturbation its ``strength``.
+        One dict a move: ``move`` (``"draw"``, ``"step"``, ``"renoise"``, ``"perturb"`` or
+        ``"fuse"``), ``seed``, and for a step its ``stride``, ``eta`` (``None``: as the user's own
+        scheduler) and ``guidance`` (``None``: the call's own), for a renoising the ``step_index``
+        it goes back to, for a perturbation its ``strength``, for a fusion its ``method``, the
+        places of its ``particles`` among the moves, their ``weights`` and the ``guidance`` of their
+        estimates. A move goes on from the one before, or where it says so from that at ``after``.
     """
-    moves = []
-    for row in reversed(path_to_root(tree, node)[:-1]):
-        move: dict[str, Any] = {
-            "move": MOVE_NAMES[int(tree.move[row])],
-            "seed": int(tree.seed[row]),
+    rows = ancestry(tree, [node])
+    place = {row: number for number, row in enumerate(rows)}
+    return [_move_to(tree, row, place) for row in rows]
+
+
+def _move_to(tree: Tree, row: int, place: Mapping[int, int]) -> dict[str, Any]:
+    """The move that makes a row, where ``place`` numbers the moves of other rows."""
+    move: dict[str, Any] = {"move": MOVE_NAMES[int(tree.move[row])], "seed": int(tree.seed[row])}
+    fusion = tree.fusion_of(row)
+    if fusion is not None:
+        return move | {
+            "method": fusion.method,
+            "particles": [place[particle] for particle in fusion.particles],
+            "weights": list(fusion.weights),
+            "guidance": _number_or_none(tree.guidance[row]),
         }
-        if tree.move[row] == STEP:
-            move |= {
-                "stride": int(tree.stride[row]),
-                "eta": _number_or_none(tree.eta[row]),
-                "guidance": _number_or_none(tree.guidance[row]),
-            }
-        elif tree.move[row] == RENOISE:
-            move["step_index"] = int(tree.step_index[row])
-        elif tree.move[row] == PERTURB:
-            move["strength"] = float(tree.eta[row])
-        moves.append(move)
-    return moves
+    if tree.move[row] == STEP:
+        move |= {
+            "stride": int(tree.stride[row]),
+            "eta": _number_or_none(tree.eta[row]),
+            "guidance": _number_or_none(tree.guidance[row]),
+        }
+    elif tree.move[row] == RENOISE:
+        move["step_index"] = int(tree.step_index[row])
+    elif tree.move[row] == PERTURB:
+        move["strength"] = float(tree.eta[row])
+    (parent,) = makers(tree, row)
+    if parent != ROOT and place[parent] != place[row] - 1:
+        move["after"] = place[parent]
+    return move
 
 
 def _number_or_none(entry: np.float64) -> float | None:
@@ -615,6 +645,7 @@ _MOVE_ENTRIES = {
     "step": {"seed", "stride", "eta"},
     "renoise": {"seed", "step_index"},
     "perturb": {"seed", "strength"},
+    "fuse": {"seed", "method", "particles", "weights"},
 }
 """What a move says beside its name, see `moves_to`."""
 
@@ -623,6 +654,15 @@ def _is_move(move: Any) -> bool:
     """Whether this is a move of a recipe, with all that it needs."""
     needed = _MOVE_ENTRIES.get(move.get("move", "")) if isinstance(move, dict) else None
     return needed is not None and set(move) >= needed
+
+
+def _is_ordered(moves: Sequence[dict[str, Any]]) -> bool:
+    """Whether each move goes on from earlier ones, and so the first from none."""
+    makers = [makers_of(moves, place) for place in range(len(moves))]
+    return all(
+        (mine or moves[place]["move"] == "draw") and all(0 <= maker < place for maker in mine)
+        for place, mine in enumerate(makers)
+    )
 
 
 def check_recipe(recipe: Any, pipeline: str) -> None:
@@ -658,7 +698,7 @@ def check_recipe(recipe: Any, pipeline: str) -> None:
     if lacking:
         raise ConfigError(f"the recipe lacks {', '.join(lacking)}: {cure}")
     moves = recipe["moves"]
-    if not moves or not all(map(_is_move, moves)) or moves[0]["move"] != "draw":
+    if not moves or not all(map(_is_move, moves)) or not _is_ordered(moves):
         raise ConfigError(
             f"the recipe's moves are {moves!r}, and a sample is drawn and then stepped: {cure}"
         )
@@ -740,14 +780,24 @@ def recipe_scheduler(recipe: Recipe) -> SchedulerMixin:
     return scheduler
 
 
+def makers_of(moves: Sequence[dict[str, Any]], place: int) -> list[int]:
+    """Places of the moves whose samples the move at ``place`` goes on from; none for a draw."""
+    move = moves[place]
+    if move["move"] == "draw":
+        return []
+    return list(move["particles"]) if move["move"] == "fuse" else [move.get("after", place - 1)]
+
+
 def step_indices(moves: Sequence[dict[str, Any]]) -> list[int]:
     """Position in the schedule after each move."""
     indices: list[int] = []
-    for move in moves:
-        if move["move"] == "step":
-            indices.append(indices[-1] + move["stride"])
-        elif move["move"] == "perturb":
-            indices.append(indices[-1])
-        else:
-            indices.append(move.get("step_index", 0))
+    for place, move in enumerate(moves):
+        before = [indices[maker] for maker in makers_of(moves, place)]
+        match move["move"]:
+            case "step":
+                indices.append(before[0] + move["stride"])
+            case "perturb" | "fuse":
+                indices.append(before[0])
+            case _:
+                indices.append(move.get("step_index", 0))
     return indices

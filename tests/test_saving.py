@@ -409,7 +409,7 @@ def test_a_search_of_another_format_or_strategy_is_refused(tmp_path: Path) -> No
         load_search(tmp_path, strategy=Beam())
     index = json.loads((tmp_path / "search.json").read_text())
     (tmp_path / "search.json").write_text(json.dumps({**index, "format": 99}))
-    with pytest.raises(ConfigError, match="format 99, this package reads format 2"):
+    with pytest.raises(ConfigError, match="format 99, this package reads format 3"):
         load_search(tmp_path)
 
 

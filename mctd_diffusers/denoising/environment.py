@@ -28,7 +28,9 @@ from mctd_diffusers.denoising.denoiser import (
     synchronize,
     timed,
 )
+from mctd_diffusers.denoising.fusion import VERDICTS, Fused, Particles, fuse
 from mctd_diffusers.denoising.latents import (
+    Before,
     Drawn,
     EdgeNoise,
     Latents,
@@ -50,14 +52,17 @@ from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError, SearchError
 from mctd_diffusers.search.environment import (
     FIRST_DRAW,
+    REJECTED,
     Action,
     Counts,
+    Fusions,
     Gains,
     Handles,
     Ledger,
     Prices,
     Seeds,
     Values,
+    check_one_level,
 )
 from mctd_diffusers.search.settings import check_setting, is_number
 
@@ -95,6 +100,7 @@ class LatentEnvironment:
             features are kept where it keeps that of a block.
         gain_model: predicts what jumps tell; ``None`` where a search asks for no predictions.
         kinds: of each problem, as for `Denoiser`.
+        fuses: whether samples will be fused, so that how far estimates move is kept.
 
     Raises:
         ConfigError: ``rows_per_call`` is below 1, or prompts and first latents differ in number.
@@ -118,6 +124,7 @@ class LatentEnvironment:
         features: FeatureTap | None = None,
         gain_model: GainModel | None = None,
         kinds: Sequence[Hashable] | None = None,
+        fuses: bool = False,
     ) -> None:
         if len(prompts) != len(first_latents):
             raise ConfigError(
@@ -140,6 +147,7 @@ class LatentEnvironment:
             kinds=kinds,
         )
         self._gain_model = gain_model
+        self._keeps_estimates = fuses or (gain_model is not None and gain_model.reads_change)
         self._decoder = decoder
         self._preview = preview
         self._reward = reward
@@ -358,6 +366,95 @@ class LatentEnvironment:
         return self._samples.add(made)
 
     @torch.no_grad()
+    def fuse(
+        self,
+        groups: Sequence[Handles],
+        weights: Sequence[Values],
+        methods: Sequence[str],
+        seeds: Seeds,
+        guidances: Sequence[float | None] | None = None,
+    ) -> Fusions:
+        """Fuse each group of particles into one sample at their step index; 0 NFE.
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: particles are finished, not evaluated, of several step indices or images.
+            ConfigError: a method is not known, not for samples of this kind, or lacks what it
+                needs; a guidance is no number, or there is none to scale.
+        """
+        fused: list[tuple[Fused, Sample, float | None]] = []
+        for group, shares, method, seed, guidance in zip(
+            groups,
+            weights,
+            methods,
+            seeds.tolist(),
+            guidances or [None] * len(groups),
+            strict=True,
+        ):
+            self._check_guidance(guidance)
+            samples = self._evaluated(group)
+            check_one_level([s.step_index for s in samples], [s.problem for s in samples], group)
+            found = self._fuse(samples, shares, method, seed, guidance)
+            fused.append((found, samples[0], guidance))
+        handles = np.full(len(fused), REJECTED, dtype=np.int64)
+        for place, (found, particle, guidance) in enumerate(fused):
+            if found.verdict == VERDICTS[0]:
+                handles[place] = self._take_in(found, particle, guidance)
+        verdicts = [VERDICTS.index(found.verdict) for found, _, _ in fused]
+        correlations = [found.correlation for found, _, _ in fused]
+        return Fusions(handles, np.array(verdicts, dtype=np.int64), np.array(correlations))
+
+    @torch.no_grad()
+    def relative_change(self, handles: Handles) -> Values:
+        """How far denoised estimates moved since those that the samples came from.
+
+        Root mean square of the change over that of the estimate before. NaN of samples that were
+        not stepped to; of fused samples always known, of others where changes are kept.
+
+        Raises:
+            CapacityError: a handle is not known.
+            SearchError: a sample is finished, or not evaluated.
+        """
+        changes = np.full(len(handles), np.nan)
+        for row, sample in enumerate(self._evaluated(handles)):
+            if sample.before is not None:
+                before = self._samples.gather([sample.before.estimate])
+                moved = self._denoised_of([sample], [sample.before.guidance]) - before
+                changes[row] = (moved.float().norm() / before.float().norm()).item()
+        return changes
+
+    def _fuse(
+        self,
+        samples: Sequence[Sample],
+        weights: Values,
+        method: str,
+        seed: int,
+        guidance: float | None,
+    ) -> Fused:
+        """One group of particles fused, by itself, so that no other decides what becomes of it."""
+        signal, noise = self._stepper.factors(samples[0].step_index)
+        particles = Particles(
+            latents=self._latents_of(samples),
+            clean=self._denoised_of(samples, [guidance] * len(samples)),
+            signal=float(signal),
+            noise=float(noise),
+            weights=torch.as_tensor(weights, dtype=torch.float64),
+        )
+        with timed(self.ledger, "fuse", self._device):
+            return fuse(method, particles, seed=seed)
+
+    def _take_in(self, fused: Fused, particle: Sample, guidance: float | None) -> int:
+        """Handle of a fused sample, whose solver starts anew."""
+        step_index = particle.step_index
+        # Its noise is that of no edge, so there is none to perturb.
+        mixed = EdgeNoise(math.nan, self._first_latents.dtype, 0)
+        sample = Sample(particle.problem, step_index, noise=mixed)
+        latents = fused.latents[None].to(self._first_latents.dtype)
+        self._settle([sample], latents, [self._stepper.restarted(step_index)])
+        sample.before = Before(self._samples.keep(fused.clean[None])[0], step_index, guidance)
+        return int(self._samples.add([sample])[0])
+
+    @torch.no_grad()
     def export(self, handles: Handles) -> list[dict[str, Any]]:
         """Copy of the samples on the host, in plain types, fit for ``torch.save``."""
         samples = self._samples[handles]
@@ -526,11 +623,11 @@ class LatentEnvironment:
         log_snr = self._stepper.log_snr
         changes = np.full(len(samples), np.nan)
         for row, sample in enumerate(samples):
-            if sample.parent_estimate is not None:
-                before, step_index = sample.parent_estimate
-                moved = self._denoised_of([sample])[0] - before.to(self._device)
-                passed = (log_snr[sample.step_index] - log_snr[step_index]) / 2
-                if passed.isfinite():
+            before = sample.before
+            if before is not None:
+                moved = self._denoised_of([sample])[0] - before.estimate.to(self._device)
+                passed = (log_snr[sample.step_index] - log_snr[before.step_index]) / 2
+                if passed.isfinite() and passed != 0:
                     changes[row] = moved.float().square().mean().sqrt() / passed
         return changes
 
@@ -604,10 +701,10 @@ class LatentEnvironment:
                 sample.latents, sample.state, sample.origin = row, state, None
             else:
                 sample.origin = Midway(row, state, edge.seed)
-        if self._gain_model is not None and self._gain_model.reads_change:
+        if self._keeps_estimates:
             estimates = self._samples.keep(self._denoised_of(parents))
             for sample, parent, estimate in zip(samples, parents, estimates, strict=True):
-                sample.parent_estimate = (estimate, parent.step_index)
+                sample.before = Before(estimate, parent.step_index)
 
     def _complete(self, samples: Sequence[Sample]) -> None:
         """Cross the second halves of edges, which takes a network call: 1 NFE each."""
@@ -955,7 +1052,7 @@ def _exported(sample: Sample) -> dict[str, Any]:
         if isinstance(origin, Midway)
         else (_made(sample), _state(sample), None)
     )
-    outputs = sample.outputs
+    outputs, before = sample.outputs, sample.before
     conditional, unconditional = (None, None) if outputs is None else outputs
     return {
         "problem": sample.problem,
@@ -970,8 +1067,7 @@ def _exported(sample: Sample) -> dict[str, Any]:
         "unconditional": None if unconditional is None else unconditional.clone().cpu(),
         "features": {name: row.clone().cpu() for name, row in sample.features.items()},
         "map": None if sample.map is None else sample.map.clone().cpu(),
-        "parent_estimate": sample.parent_estimate
-        and (sample.parent_estimate[0].clone().cpu(), sample.parent_estimate[1]),
+        "before": before and (before.estimate.clone().cpu(), before.step_index, before.guidance),
         "values": dict(sample.values),
         "reward": sample.reward,
     }
@@ -1002,8 +1098,8 @@ def _restored(saved: dict[str, Any], storage: torch.device) -> Sample:
         outputs=None if conditional is None else Outputs(conditional, here(saved["unconditional"])),
         features={name: row.clone().to(storage) for name, row in saved["features"].items()},
         map=here(saved.get("map")),
-        parent_estimate=saved["parent_estimate"]
-        and (saved["parent_estimate"][0].clone().to(storage), saved["parent_estimate"][1]),
+        before=saved["before"]
+        and Before(saved["before"][0].clone().to(storage), *saved["before"][1:]),
         values=dict(saved["values"]),
         reward=saved["reward"],
     )

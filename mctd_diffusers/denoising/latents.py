@@ -13,7 +13,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -96,6 +96,20 @@ class Perturbed:
 Origin: TypeAlias = Drawn | Stepped | Midway | Renoised | Perturbed
 
 
+class Before(NamedTuple):
+    """The estimate that a sample came from: its parent's, or what a fusion aimed at.
+
+    Attributes:
+        estimate: denoised estimate, one row.
+        step_index: where it was made.
+        guidance: scale that it was made under; ``None`` is the call's own.
+    """
+
+    estimate: Tensor
+    step_index: int
+    guidance: float | None = None
+
+
 @dataclass(eq=False)
 class Sample:
     """One partially or fully denoised sample.
@@ -110,7 +124,7 @@ class Sample:
         outputs: the network's answers, one row each; ``None`` until evaluated.
         features: of the network's blocks, one row each, where they are read.
         map: of one block of the network, one row, where maps are kept.
-        parent_estimate: denoised estimate of the parent and its step index, where changes are read.
+        before: the estimate that it came from, where changes of it are read.
         values: reward of the denoised estimate, once asked, by the guidance of the estimate.
         reward: reward of the finished picture, once asked.
     """
@@ -124,7 +138,7 @@ class Sample:
     outputs: Outputs | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
     map: Tensor | None = None
-    parent_estimate: tuple[Tensor, int] | None = None
+    before: Before | None = None
     values: dict[float | None, float] = field(default_factory=dict)
     reward: float | None = None
 

@@ -271,11 +271,17 @@ class Stepper:
             The samples, in the scheduler's own parametrisation (variance preserving for DDIM, DDPM
             and DPM-Solver, variance exploding for Euler), and their states.
         """
+        alpha, sigma = self.factors(step_index)
+        return denoised * alpha + noise * sigma, [self.restarted(step_index)] * len(denoised)
+
+    def factors(self, step_index: int) -> tuple[float | Tensor, Tensor]:
+        """Factors of clean latents and of standard normal noise in samples at ``step_index``."""
+        return self._levels.factors(self._begin + step_index)
+
+    def restarted(self, step_index: int) -> SolverState:
+        """Where a solver stands that begins anew at ``step_index``, and remembers nothing."""
         state = self.initial_state(step_index)
-        if self._traits.restarts_empty:
-            state = replace(state, visited=())
-        alpha, sigma = self._levels.factors(self._begin + step_index)
-        return denoised * alpha + noise * sigma, [state] * len(denoised)
+        return replace(state, visited=()) if self._traits.restarts_empty else state
 
     def step(
         self,

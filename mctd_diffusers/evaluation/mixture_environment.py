@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
+from mctd_diffusers.denoising.fusion import VERDICTS, Fused, Particles, fuse
 from mctd_diffusers.errors import (
     CapacityError,
     ConfigError,
@@ -27,14 +31,17 @@ from mctd_diffusers.evaluation.ground_truth import (
 from mctd_diffusers.evaluation.mixture_gains import HardlyValued, measure_gains
 from mctd_diffusers.search.environment import (
     FIRST_DRAW,
+    REJECTED,
     Action,
     Counts,
+    Fusions,
     Gains,
     Handles,
     Ledger,
     Prices,
     Seeds,
     Values,
+    check_one_level,
     check_unused,
 )
 from mctd_diffusers.search.settings import check_setting, is_number
@@ -42,7 +49,7 @@ from mctd_diffusers.search.settings import check_setting, is_number
 _ONE_VALUE: Final = Counts(previews=1, reward_calls=1)
 _ONE_REWARD: Final = Counts(decodes=1, reward_calls=1)
 _SAVED: Final = (
-    "mean", "noise", "std", "step_index", "problem", "evaluated", "denoised", "reward"
+    "mean", "noise", "std", "step_index", "problem", "evaluated", "denoised", "reward", "before"
 )  # fmt: skip
 
 
@@ -65,6 +72,7 @@ class MixtureEnvironment:
         mixtures: the data of each problem.
         rewards: the reward of each problem.
         unconditional: the data of each problem without its prompt; ``None`` for no guidance.
+        sample_shape: axes of a sample for fusions, channels first; by default one channel.
         num_steps: steps of the schedule.
         schedule: path from noise to data, a name in ``ground_truth.SCHEDULES``.
         kernel: ``"ddim"``, or ``"exact"``, which knows neither guidance nor an ``eta`` below 1.
@@ -89,6 +97,7 @@ class MixtureEnvironment:
         first_seed: int = 0,
         prices: Prices | None = None,
         unconditional: Sequence[Mixture] | None = None,
+        sample_shape: tuple[int, ...] | None = None,
     ) -> None:
         if len(mixtures) != len(rewards) or not mixtures:
             raise ConfigError(
@@ -115,6 +124,12 @@ class MixtureEnvironment:
                 f"{'no' if unconditional is None else 'given'} unconditional mixtures; it knows "
                 "neither guidance nor another eta than 1."
             )
+        shape = sample_shape or (1, mixtures[0].dimensions)
+        if math.prod(shape) != mixtures[0].dimensions:
+            raise ConfigError(
+                f"sample_shape is {shape}, and mixtures have {mixtures[0].dimensions} dimensions; "
+                "give axes whose product is that."
+            )
         check_setting("num_steps", num_steps, 1, whole=True)
         check_setting("eta", eta, 0, 1)
         self.num_steps = num_steps
@@ -129,6 +144,7 @@ class MixtureEnvironment:
         self.eta = eta
         self.first_seed = first_seed
         self._dimensions = mixtures[0].dimensions
+        self._shape = shape
         self._num_samples = 0
         self._x = np.empty((64, self._dimensions))
         self._mean = np.empty((64, self._dimensions))  # x is this plus std times noise
@@ -140,6 +156,7 @@ class MixtureEnvironment:
         self._evaluated = np.zeros(64, dtype=np.bool_)
         self._released = np.zeros(64, dtype=np.bool_)
         self._reward = np.empty(64)
+        self._before = np.empty((64, self._dimensions))  # the estimate that a sample came from
 
     def first_noise(self, problem: int) -> Floats:
         """``[dimensions]`` initial noise that comes with a problem."""
@@ -209,7 +226,9 @@ class MixtureEnvironment:
         }
         denoised = self._guided(rows, [action.guidance for action in actions])
         mean = ddim_step(self._x[rows], denoised, np.zeros_like(noise), **levels)
-        return self._add(mean, noise, ddim_std(**levels)[:, 0], then, self._problem[rows])
+        handles = self._add(mean, noise, ddim_std(**levels)[:, 0], then, self._problem[rows])
+        self._before[handles] = self._denoised[rows]
+        return handles
 
     def step_price(self, parents: Handles, actions: Sequence[Action]) -> Counts:
         """Nothing: a DDIM step is arithmetic."""
@@ -271,6 +290,62 @@ class MixtureEnvironment:
         noise = np.sqrt(1 - share**2) * self._noise[rows] + share * fresh
         stands = self._step_index[rows]
         return self._add(self._mean[rows], noise, self._std[rows], stands, self._problem[rows])
+
+    def fuse(
+        self,
+        groups: Sequence[Handles],
+        weights: Sequence[Values],
+        methods: Sequence[str],
+        seeds: Seeds,
+        guidances: Sequence[float | None] | None = None,
+    ) -> Fusions:
+        """Fuse each group of particles into a sample at their step index; 0 NFE."""
+        fused: list[tuple[Fused, int]] = []
+        for group, shares, method, seed, guidance in zip(
+            groups, weights, methods, seeds, guidances or [None] * len(groups), strict=True
+        ):
+            rows = self._known(group)
+            self._need_evaluated(rows)
+            check_one_level(self._step_index[rows].tolist(), self._problem[rows].tolist(), group)
+            step_index = int(self._step_index[rows[0]])
+            particles = Particles(
+                latents=self._shaped(self._x[rows]),
+                clean=self._shaped(self._guided(rows, [guidance] * len(rows))),
+                signal=float(self.alpha[step_index]),
+                noise=float(self.sigma[step_index]),
+                weights=torch.from_numpy(np.asarray(shares, dtype=np.float64)),
+            )
+            fused.append((fuse(method, particles, seed=int(seed)), int(rows[0])))
+        handles = np.full(len(fused), REJECTED, dtype=np.int64)
+        for place, (found, row) in enumerate(fused):
+            if found.verdict == VERDICTS[0]:
+                handles[place] = self._take_in(found, row)
+        verdicts = [VERDICTS.index(found.verdict) for found, _ in fused]
+        correlations = [found.correlation for found, _ in fused]
+        return Fusions(handles, np.array(verdicts, dtype=np.int64), np.array(correlations))
+
+    def _take_in(self, fused: Fused, particle: int) -> int:
+        """Handle of a fused sample; no noise of it is kept apart."""
+        made = fused.latents.numpy().reshape(1, -1)
+        nothing = np.zeros_like(made)
+        rows = np.array([particle])
+        (handle,) = self._add(
+            made, nothing, nothing[:, 0], self._step_index[rows], self._problem[rows]
+        )
+        self._before[handle] = fused.clean.numpy().ravel()
+        return int(handle)
+
+    def _shaped(self, rows: Floats) -> Tensor:
+        """Samples with the axes that fusions see."""
+        return torch.from_numpy(rows.reshape(-1, *self._shape).copy())
+
+    def relative_change(self, handles: Handles) -> Values:
+        """How far denoised estimates moved since those that the samples came from."""
+        rows = self._known(handles)
+        self._need_evaluated(rows)
+        before = self._before[rows]
+        moved = np.linalg.norm(self._denoised[rows] - before, axis=1)
+        return moved / np.linalg.norm(before, axis=1)
 
     def predict_gain(self, handles: Handles, strides: Sequence[int]) -> Gains:
         """What jumps from unfinished, evaluated samples would tell, measured; 0 NFE.
@@ -409,7 +484,7 @@ class MixtureEnvironment:
         while last > len(self._x):
             for name in (
                 "_x", "_mean", "_noise", "_std", "_denoised", "_step_index", "_problem",
-                "_evaluated", "_released", "_reward",
+                "_evaluated", "_released", "_reward", "_before",
             ):  # fmt: skip
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
@@ -418,6 +493,7 @@ class MixtureEnvironment:
         self._step_index[first:last] = step_index
         self._problem[first:last] = problem
         self._reward[first:last] = np.nan
+        self._before[first:last] = np.nan
         self._num_samples = last
         return np.arange(first, last, dtype=np.int64)
 

@@ -21,7 +21,7 @@ REWARD_SPENDS: Final = Counts(decodes=1, reward_calls=1)
 """What scoring one finished sample spends."""
 
 UNLIMITED: Final = sys.maxsize
-_NOTHING: Final = Counts()
+NOTHING: Final = Counts()
 _ROUNDING = 1e-9  # row-equivalents are sums of measured floats
 
 
@@ -112,7 +112,7 @@ class Account:
         cost = self.prices.cost(self.spent) + self.prices.cost(counts)
         return cost <= self.budget.cost + _ROUNDING
 
-    def affordable(self, each: Counts, most: int, *, besides: Counts = _NOTHING) -> int:
+    def affordable(self, each: Counts, most: int, *, besides: Counts = NOTHING) -> int:
         """How many times ``each``, at most ``most``, can be spent on top of what is spent.
 
         Args:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.errors import ConfigError, SearchError
 
 Handles: TypeAlias = npt.NDArray[np.int64]
 """``[batch]`` ids of samples in an environment; never reused, so an id is also a date."""
@@ -73,6 +73,26 @@ class Gains(NamedTuple):
     log_variance: Gain
     final_similarity: Gain
     log_truncation_error: Gain
+
+
+class Fusions(NamedTuple):
+    """What became of groups of particles that were to be fused.
+
+    Attributes:
+        handles: ``[groups]`` the fused samples; :data:`REJECTED` where one may not enter the tree.
+        verdicts: ``[groups]`` why: places in the environment's list of verdicts, of which the
+            first, 0, is that it may.
+        correlations: ``[groups]`` mean cosine of the noises of two particles, -1 to 1; NaN where
+            there is only one.
+    """
+
+    handles: Handles
+    verdicts: npt.NDArray[np.int64]
+    correlations: Values
+
+
+REJECTED = -1
+"""Stands for the handle of a fused sample that was rejected."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +205,21 @@ def check_unused(handles: Handles, num_given: int) -> None:
         )
 
 
+def check_one_level(step_indices: Sequence[int], problems: Sequence[int], handles: Handles) -> None:
+    """Refuse to fuse particles of several step indices or images.
+
+    Raises:
+        SearchError: they are.
+    """
+    levels, images = sorted(set(map(int, step_indices))), sorted(set(map(int, problems)))
+    if len(levels) != 1 or len(images) != 1:
+        raise SearchError(
+            f"particles {handles.tolist()} stand at step indices {levels} of images {images}; "
+            "fuse samples of one step index and one image.",
+            handles=handles.tolist(),
+        )
+
+
 # The requests: what a strategy yields. ``problem`` is not named in them: the runner knows whose
 # generator it is asking.
 
@@ -258,6 +293,32 @@ class Perturb:
 
 
 @dataclass(frozen=True)
+class Fuse:
+    """Fuse groups of particles, see `Environment.fuse`. Reply: :class:`Fusions`.
+
+    Attributes:
+        groups: evaluated, unfinished samples, all of one step index in each group.
+        weights: of each group's particles, not negative; they sum to 1.
+        method: a name that the environment knows.
+        seeds: one a group, for methods that draw.
+        guidance: of the particles' estimates, as in :class:`Action`.
+    """
+
+    groups: tuple[Handles, ...]
+    weights: tuple[Values, ...]
+    method: str
+    seeds: Seeds
+    guidance: float | None = None
+
+
+@dataclass(frozen=True)
+class RelativeChange:
+    """How far estimates moved, see `Environment.relative_change`. Reply: values."""
+
+    handles: Handles
+
+
+@dataclass(frozen=True)
 class PredictGain:
     """Predict what jumps from unfinished, evaluated samples would tell. Reply: :class:`Gains`.
 
@@ -276,7 +337,17 @@ class Release:
 
 
 Request: TypeAlias = (
-    Reset | Denoise | Step | Value | Reward | Renoise | Perturb | PredictGain | Release
+    Reset
+    | Denoise
+    | Step
+    | Value
+    | Reward
+    | Renoise
+    | Perturb
+    | Fuse
+    | RelativeChange
+    | PredictGain
+    | Release
 )
 
 
@@ -284,7 +355,7 @@ class Reply(NamedTuple):
     """The answer to one request.
 
     Attributes:
-        result: handles, values, gains or ``None``, as the request says.
+        result: handles, values, gains, fusions or ``None``, as the request says.
         spent: useful work done for this image since its search began, this request included.
     """
 
@@ -355,6 +426,34 @@ class Environment(Protocol):
         The noise that the last edge injected (for an initial noise: the sample itself) becomes
         ``sqrt(1 - strength^2) * noise + strength * fresh``, which keeps its law; everything else of
         the edge stays as it was.
+        """
+        ...
+
+    def fuse(
+        self,
+        groups: Sequence[Handles],
+        weights: Sequence[Values],
+        methods: Sequence[str],
+        seeds: Seeds,
+        guidances: Sequence[float | None] | None = None,
+    ) -> Fusions:
+        """Fuse each group of particles into one new sample at their step index; 0 NFE.
+
+        The sample is not evaluated, and its solver starts anew. One that would not be on the
+        manifold of samples of that level is rejected.
+
+        Raises:
+            ConfigError: a method is not known, or not for samples of this kind.
+            SearchError: particles are finished, not evaluated, or of several step indices.
+        """
+        ...
+
+    def relative_change(self, handles: Handles) -> Values:
+        """How far the denoised estimates of evaluated samples moved, relative to their size.
+
+        Root mean square of the change since the parent's estimate, of a fused sample since the
+        estimate that it was fused to, over that of the estimate before. NaN where that is not
+        known; 0 NFE.
         """
         ...
 

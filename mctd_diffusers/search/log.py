@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.search.environment import Counts, Handles
+from mctd_diffusers.search.environment import REJECTED, Counts, Fusions, Handles
 
 COUNTS: Final = tuple(part.name for part in fields(Counts))
 """Columns of ``spent`` and ``total`` of an :class:`Answer`."""
@@ -32,8 +32,8 @@ class Answer(NamedTuple):
         kind: ``"denoise"``, ``"step"``, ...: the request's name.
         checksum: of what was asked, see :func:`checksum`.
         result: ``[samples]`` new handles or values; of a release the handles released; ``[0]`` of
-            a denoise; of predicted gains each request's ``[fields * samples * strides]``, flat.
-            Only of the requests that were answered.
+            a denoise; of predicted gains each request's ``[fields * samples * strides]``, and of
+            fusions ``[groups * fields]``, flat. Only of the requests that were answered.
         answered: ``[requests]`` False where the call failed for the image that asked.
         spent: ``[requests, counts]`` useful work for the image of each request since its search
             began, this call included; columns are :data:`COUNTS`.
@@ -65,15 +65,22 @@ class SearchLog:
 
     def live_handles(self) -> Handles:
         """Handles that were given and are not released, in ascending order."""
-        given = [answer.result for answer in self.answers if answer.kind in _NEW_HANDLES]
         gone = [answer.result for answer in self.answers if answer.kind == "release"]
-        return np.setdiff1d(_joined(given), _joined(gone))
+        return np.setdiff1d(self._given_handles(), _joined(gone))
 
     @property
     def num_handles(self) -> int:
         """How many handles the environment has given, released ones included."""
+        return int(self._given_handles().max(initial=-1)) + 1
+
+    def _given_handles(self) -> Handles:
+        """Handles that were given, in the order of time."""
         given = [answer.result for answer in self.answers if answer.kind in _NEW_HANDLES]
-        return int(_joined(given).max(initial=-1)) + 1
+        fused = [
+            read_fusions(answer.result).handles for answer in self.answers if answer.kind == "fuse"
+        ]
+        handles = _joined([*given, *fused])
+        return handles[handles != REJECTED]
 
 
 def checksum(asked: Iterable[Any]) -> int:
@@ -86,9 +93,26 @@ def checksum(asked: Iterable[Any]) -> int:
     """
     found = 0
     for part in asked:
-        is_array = isinstance(part, np.ndarray)
-        found = zlib.crc32(part.tobytes() if is_array else repr(part).encode(), found)
+        for each in part if _are_arrays(part) else (part,):
+            is_array = isinstance(each, np.ndarray)
+            found = zlib.crc32(each.tobytes() if is_array else repr(each).encode(), found)
     return found
+
+
+def _are_arrays(part: Any) -> bool:
+    """Whether this is a tuple of arrays, whose every bit counts."""
+    return isinstance(part, tuple) and any(isinstance(each, np.ndarray) for each in part)
+
+
+def flat_fusions(fusions: Fusions) -> npt.NDArray[np.float64]:
+    """Fusions as an :class:`Answer` keeps them, ``[groups * fields]``; doubles hold handles."""
+    return np.stack(fusions, axis=1).astype(np.float64).ravel()
+
+
+def read_fusions(logged: npt.NDArray[Any]) -> Fusions:
+    """Reverse of :func:`flat_fusions`."""
+    handles, verdicts, correlations = logged.reshape(-1, len(Fusions._fields)).T
+    return Fusions(handles.astype(np.int64), verdicts.astype(np.int64), correlations.copy())
 
 
 def row_of(counts: Counts) -> npt.NDArray[np.int64]:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.environment import (
+    REJECTED,
     Action,
     Asks,
     Denoise,
+    Fuse,
+    Fusions,
     Gains,
     Perturb,
     PredictGain,
+    RelativeChange,
     Renoise,
     Reply,
     Reset,
@@ -42,13 +46,17 @@ from mctd_diffusers.search.stride_policies import (
 )
 from mctd_diffusers.search.tree import (
     DRAW,
+    FUSE,
     PERTURB,
     RENOISE,
     ROOT,
     STEP,
+    Fusion,
     Tree,
     add_child,
+    add_fused,
     backup,
+    common_ancestor,
     issue_seeds,
     record_stride_choice,
 )
@@ -218,6 +226,72 @@ def renoise(problem: Problem, nodes: Sequence[int], *, step_index: int) -> Asks:
     return _add_children(
         tree, nodes, reply, seeds, step_indices=[step_index] * len(nodes), move=RENOISE
     )
+
+
+class Fused(NamedTuple):
+    """What became of one group of particles.
+
+    Attributes:
+        node: row of the fused node; ``None`` where it was rejected.
+        verdict: place in the environment's list of verdicts; 0 where it was accepted.
+        correlation: mean cosine of two particles' noises; NaN where there is only one.
+    """
+
+    node: int | None
+    verdict: int
+    correlation: float
+
+
+def fuse(problem: Problem, groups: Sequence[Fusion], *, guidance: float | None = None) -> Asks:
+    """Fuse groups of particles: each into one lazy node below its lowest common ancestor.
+
+    Args:
+        problem: the image.
+        groups: evaluated, unfinished rows, of one step index in each group, all by one method.
+        guidance: scale of guidance of the particles' estimates; ``None`` is the call's own.
+
+    Returns:
+        A :class:`Fused` for each group, in order.
+
+    Raises:
+        ConfigError: a guidance where there is none to scale, see :func:`check_guidance`.
+    """
+    check_guidance(problem, guidance)
+    tree = problem.tree
+    seeds = [
+        issue_seeds(tree, common_ancestor(tree, group.particles), move=FUSE, stride=0, count=1)[0]
+        for group in groups
+    ]
+    reply: Reply = yield Fuse(
+        tuple(tree.handle[list(group.particles)] for group in groups),
+        tuple(np.array(group.weights, dtype=np.float64) for group in groups),
+        groups[0].method,
+        np.array(seeds, dtype=np.int64),
+        guidance,
+    )
+    fusions: Fusions = reply.result
+    return [
+        Fused(
+            None
+            if handle == REJECTED
+            else add_fused(tree, group, handle=handle, seed=seed, guidance=guidance),
+            verdict,
+            correlation,
+        )
+        for group, seed, handle, verdict, correlation in zip(
+            groups, seeds, *(column.tolist() for column in fusions), strict=True
+        )
+    ]
+
+
+def relative_change(problem: Problem, nodes: Sequence[int]) -> Asks:
+    """How far the estimates of evaluated nodes moved since their parents'; returns the values.
+
+    Of a fused node since the estimate that it was fused to; see `Environment.relative_change`.
+    """
+    reply: Reply = yield RelativeChange(problem.tree.handle[list(nodes)])
+    changes: Values = reply.result
+    return changes
 
 
 def _add_children(

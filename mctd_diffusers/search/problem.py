@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.search.budget import REWARD_SPENDS, VALUE_SPENDS, Account, Budget
+from mctd_diffusers.search.budget import NOTHING, REWARD_SPENDS, VALUE_SPENDS, Account, Budget
 from mctd_diffusers.search.environment import Counts, Prices
 from mctd_diffusers.search.tree import Tree
 
@@ -28,6 +28,7 @@ class Problem:
         guidance_scale: the call's scale of guidance, where moves may name another; else ``None``.
         value_spends: what valuing one unfinished sample spends.
         reward_spends: what scoring one finished sample spends.
+        fusion_spends: what fusing particles spends for each of them.
         stride_costs: ``[num_steps][strides]`` additive costs of jumps of the typical sample, by the
             strides of the strategy; lower is better, infinite where a jump may not be taken.
             ``None`` where no policy needs them.
@@ -46,6 +47,7 @@ class Problem:
     guidance_scale: float | None = None
     value_spends: Counts = VALUE_SPENDS
     reward_spends: Counts = REWARD_SPENDS
+    fusion_spends: Counts = NOTHING
     stride_costs: tuple[tuple[float, ...], ...] | None = None
     tree: Tree = field(init=False, compare=False, repr=False)
     account: Account = field(init=False, compare=False, repr=False)

@@ -1,7 +1,7 @@
 """Runs one strategy on many images: merges their requests into waves, keeps what is found.
 
 The loop, in one paragraph. Every image has a coroutine (``strategy.search(problem)``) that waits
-for replies. Cheap requests (release, reset, step, renoise, perturb, predict gain) are answered at
+for replies. Cheap requests (release, reset, step, renoise, perturb, fuse, ...) are answered at
 once; when all coroutines wait for something expensive, the kind with the most samples pending
 (denoise, value or reward) is answered in one call across all images, so that calls are as full as
 they can be. The runner writes what the world answered into each image's tree, keeps every finished
@@ -31,11 +31,14 @@ from mctd_diffusers.search.environment import (
     Counts,
     Denoise,
     Environment,
+    Fuse,
+    Fusions,
     Gains,
     Handles,
     Ledger,
     Perturb,
     PredictGain,
+    RelativeChange,
     Release,
     Renoise,
     Reply,
@@ -46,7 +49,15 @@ from mctd_diffusers.search.environment import (
     Value,
     Values,
 )
-from mctd_diffusers.search.log import Answer, SearchLog, checksum, counts_of, row_of
+from mctd_diffusers.search.log import (
+    Answer,
+    SearchLog,
+    checksum,
+    counts_of,
+    flat_fusions,
+    read_fusions,
+    row_of,
+)
 from mctd_diffusers.search.moves import complete, gather
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.tree import (
@@ -356,7 +367,16 @@ def replay(strategy: Strategy, problem: Problem, replies: Iterable[Reply]) -> Re
 _Asked: TypeAlias = Any
 """A request, or a tuple of what is asked (recursively)."""
 
-_CHEAP: Final[tuple[type[Request], ...]] = (Release, Reset, Step, Renoise, Perturb, PredictGain)
+_CHEAP: Final[tuple[type[Request], ...]] = (
+    Release,
+    Reset,
+    Step,
+    Renoise,
+    Perturb,
+    Fuse,
+    RelativeChange,
+    PredictGain,
+)
 _EXPENSIVE: Final[tuple[type[Request], ...]] = (Denoise, Value, Reward)
 
 
@@ -393,6 +413,8 @@ def _size(request: Request) -> int:
         return len(request.seeds)
     if isinstance(request, Step):
         return len(request.parents)
+    if isinstance(request, Fuse):
+        return len(request.groups)
     return len(request.handles)
 
 
@@ -504,7 +526,7 @@ class _Image:
         return self._open
 
     def _check_affordable(self) -> None:
-        evaluations = values = rewards = 0
+        evaluations = values = rewards = particles = 0
         for leaf in self._open:
             if leaf.kind is Denoise:
                 evaluations += leaf.size
@@ -512,13 +534,17 @@ class _Image:
                 values += leaf.size
             elif leaf.kind is Reward:
                 rewards += leaf.size
+            elif leaf.kind is Fuse:
+                particles += sum(map(len, leaf.request.groups))
         account = self.problem.account
         price = account.price(evaluations=evaluations, values=values, rewards=rewards)
-        if (evaluations or values or rewards) and not account.affords(price):
+        if particles:
+            price += self.problem.fusion_spends * particles
+        if (evaluations or values or rewards or particles) and not account.affords(price):
             raise SearchError(
-                f"strategy {self._name!r} asks for {price.nfe} NFE, {values} values and {rewards} "
-                f"rewards on image {self.problem.index}, with {account.spent.nfe} NFE spent of "
-                f"{account.budget}; ask account.affords() first.",
+                f"strategy {self._name!r} asks for {price.nfe} NFE, {values} values, {rewards} "
+                f"rewards and to fuse {particles} particles on image {self.problem.index}, with "
+                f"{account.spent.nfe} NFE spent of {account.budget}; ask account.affords() first.",
             )
 
     def _keep(self, handles: Handles, rewards: Values, nfe: int) -> None:
@@ -739,11 +765,12 @@ def _joined(
         return empty
     if kind is Release:
         return _handles_of(leaves)
-    parts = [
-        np.ravel(result) if kind is PredictGain else result
-        for result in results
-        if result is not _FAILED
-    ]
+    flat: Callable[[Any], npt.NDArray[Any]] = np.asarray
+    if kind is PredictGain:
+        flat = np.ravel
+    elif kind is Fuse:
+        flat = flat_fusions
+    parts = [flat(result) for result in results if result is not _FAILED]
     return np.concatenate(parts) if parts else empty
 
 
@@ -751,6 +778,8 @@ def _num_logged(leaf: _Leaf) -> int:
     """Numbers by which an entry of the log answers a request."""
     if leaf.kind is PredictGain:
         return len(Gains._fields) * leaf.size * len(leaf.request.strides)
+    if leaf.kind is Fuse:
+        return len(Fusions._fields) * leaf.size
     return leaf.size
 
 
@@ -760,6 +789,8 @@ def _read_result(leaf: _Leaf, logged: npt.NDArray[Any]) -> Any:
         return None
     if leaf.kind is PredictGain:
         return Gains(*logged.reshape(len(Gains._fields), leaf.size, len(leaf.request.strides)))
+    if leaf.kind is Fuse:
+        return read_fusions(logged)
     return logged
 
 
@@ -822,6 +853,30 @@ def _call_perturb(
     return environment.perturb(_handles_of(leaves), np.repeat(strengths, sizes), seeds)
 
 
+def _call_fuse(
+    environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]
+) -> list[Fusions]:
+    requests: list[Fuse] = [leaf.request for leaf in leaves]
+    fusions = environment.fuse(
+        [group for request in requests for group in request.groups],
+        [weights for request in requests for weights in request.weights],
+        [request.method for request in requests for _ in request.groups],
+        np.concatenate([request.seeds for request in requests]),
+        [request.guidance for request in requests for _ in request.groups],
+    )
+    ends = np.cumsum(sizes)[:-1]
+    return [
+        Fusions(*part) for part in zip(*(np.split(part, ends) for part in fusions), strict=True)
+    ]
+
+
+def _call_relative_change(
+    environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]
+) -> npt.NDArray[np.float64]:
+    del sizes
+    return environment.relative_change(_handles_of(leaves))
+
+
 def _call_predict_gain(
     environment: Environment, leaves: Sequence[_Leaf], sizes: Sequence[int]
 ) -> list[Gains]:
@@ -869,6 +924,8 @@ _CALLS: Final[dict[type[Request], Callable[[Environment, Sequence[_Leaf], Sequen
     Step: _call_step,
     Renoise: _call_renoise,
     Perturb: _call_perturb,
+    Fuse: _call_fuse,
+    RelativeChange: _call_relative_change,
     PredictGain: _call_predict_gain,
     Denoise: _call_denoise,
     Value: _call_value,

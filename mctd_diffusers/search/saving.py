@@ -31,7 +31,7 @@ from mctd_diffusers.search.runner import SearchResult, Strategy, rebuild
 from mctd_diffusers.search.strategies import STRATEGIES
 from mctd_diffusers.search.with_plain import WithPlain
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 INDEX: Final = "search.json"
 
 
@@ -217,6 +217,7 @@ def _problem_of(saved: dict[str, Any]) -> Problem:
         "prices": Prices,
         "value_spends": Counts,
         "reward_spends": Counts,
+        "fusion_spends": Counts,
     }
     read = {name: kinds[name](**of) if name in kinds else of for name, of in saved.items()}
     if read.get("stride_costs") is not None:

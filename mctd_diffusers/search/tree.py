@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ RENOISE: Final = 3
 """Move of an edge back up the schedule, from the denoised estimate."""
 PERTURB: Final = 4
 """Move of an edge to a variant of the same step index, with other noise on its last edge."""
+FUSE: Final = 5
+"""Move of an edge from the lowest common ancestor of several particles to what they fused into."""
 
 STRIDE_REASONS: Final = (
     "",
@@ -81,6 +83,20 @@ _COLUMNS: Final[dict[str, tuple[type[Any], Any]]] = {
 }
 
 
+class Fusion(NamedTuple):
+    """What a fused node is made of.
+
+    Attributes:
+        particles: rows, all at the step index of the fused node.
+        weights: of each; they sum to 1.
+        method: name of the fusion.
+    """
+
+    particles: tuple[int, ...]
+    weights: tuple[float, ...]
+    method: str
+
+
 class Tree:
     """One image's search tree.
 
@@ -93,9 +109,10 @@ class Tree:
     stride         int64   schedule steps that the edge to this node crosses; 0 if not a step
     eta            float64 share of fresh noise on that edge; NaN: as the user's own scheduler;
                            of a ``PERTURB`` its strength
-    guidance       float64 guidance scale on that edge; NaN: the call's own
+    guidance       float64 guidance scale on that edge; NaN: the call's own; of a ``FUSE`` that of
+                           the particles' estimates
     seed           int64   seed of that edge; ``FIRST_DRAW`` for the noise that came along
-    move           int64   ``DRAW``, ``STEP``, ``RENOISE`` or ``PERTURB``; 0 for the root
+    move           int64   ``DRAW``, ``STEP``, ``RENOISE``, ``PERTURB`` or ``FUSE``; 0 for the root
     depth          int64   edges from the root
     visit_count    int64   backups through this node
     in_flight      int64   virtual visits: simulations under way through this node
@@ -128,6 +145,7 @@ class Tree:
         self._children: list[list[int]] = []
         self._node_of: dict[int, int] = {}
         self._issued: dict[tuple[int, int, int], int] = {}
+        self._fusions: dict[int, Fusion] = {}
         _append(self, NO_PARENT, seed=root_seed)
 
     # One declaration a column, so that readers and type checkers find them.
@@ -198,7 +216,7 @@ class Tree:
 
     @property
     def move(self) -> npt.NDArray[np.int64]:
-        """``[num_nodes]`` ``DRAW``, ``STEP``, ``RENOISE`` or ``PERTURB``; 0 for the root."""
+        """``[num_nodes]`` ``DRAW``, ``STEP``, ``RENOISE``, ``PERTURB``, ``FUSE``; 0: the root."""
         return self._view("move")
 
     @property
@@ -265,6 +283,11 @@ class Tree:
         """Rows of a node's children, in the order of their expansion."""
         self._check(node)
         return tuple(self._children[node])
+
+    def fusion_of(self, node: int) -> Fusion | None:
+        """What a fused node was made of; ``None`` of all others."""
+        self._check(node)
+        return self._fusions.get(node)
 
     def node_of(self, handle: int) -> int:
         """Row of the node that has ``handle``.
@@ -355,6 +378,37 @@ def add_child(
     return node
 
 
+def add_fused(
+    tree: Tree,
+    fusion: Fusion,
+    *,
+    handle: int,
+    seed: int,
+    guidance: float | None = None,
+) -> int:
+    """Add what several particles fused into, below their lowest common ancestor.
+
+    Returns:
+        The row of the fused node.
+
+    Raises:
+        CapacityError: ``handle`` already has a node.
+    """
+    node = add_child(
+        tree,
+        common_ancestor(tree, fusion.particles),
+        handle=handle,
+        step_index=int(tree._step_index[fusion.particles[0]]),
+        move=FUSE,
+        stride=0,
+        eta=None,
+        guidance=guidance,
+        seed=seed,
+    )
+    tree._fusions[node] = fusion
+    return node
+
+
 def issue_seeds(tree: Tree, parent: int, *, move: int, stride: int, count: int) -> list[int]:
     """Seeds for ``count`` new edges below ``parent``, each given out once.
 
@@ -436,6 +490,43 @@ def path_to_root(tree: Tree, node: int) -> list[int]:
     return path
 
 
+def common_ancestor(tree: Tree, nodes: Sequence[int]) -> int:
+    """The lowest node above all of ``nodes``: for a single one, or for one given twice, its parent.
+
+    Raises:
+        CapacityError: a node is the root, which has none above it, or does not exist.
+    """
+    shared = set(path_to_root(tree, nodes[0])[1:])
+    for node in nodes[1:]:
+        shared &= set(path_to_root(tree, node)[1:])
+    if not shared:
+        raise CapacityError(f"no node is above all of {list(nodes)}: the root is one of them.")
+    return max(shared)  # a parent comes before its children
+
+
+def ancestry(tree: Tree, nodes: Sequence[int]) -> list[int]:
+    """Rows that must be made to make ``nodes`` again, these included, in the order of expansion.
+
+    Parents, and of a fused node its particles in the place of its parent; never the root.
+    """
+    rows: set[int] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        tree._check(node)
+        if node == ROOT or node in rows:
+            continue
+        rows.add(node)
+        pending += makers(tree, node)
+    return sorted(rows)
+
+
+def makers(tree: Tree, node: int) -> tuple[int, ...]:
+    """Rows that a node was made from: its particles where it is fused, else its parent."""
+    fusion = tree._fusions.get(node)
+    return (int(tree._parent[node]),) if fusion is None else fusion.particles
+
+
 def ancestor_at(tree: Tree, node: int, step_index: int) -> int:
     """The nearest node at ``step_index`` on the way from ``node``, inclusive, to the root.
 
@@ -476,7 +567,12 @@ def reroot(tree: Tree, node: int) -> Tree:
         for (parent, move, stride), count in tree._issued.items()
         if parent in new_row
     }
-    return _from_columns(tree.root_seed, columns, issued)
+    fused = {
+        new_row[node]: fusion._replace(particles=tuple(new_row[row] for row in fusion.particles))
+        for node, fusion in tree._fusions.items()
+        if all(row in new_row for row in (node, *fusion.particles))
+    }
+    return _from_columns(tree.root_seed, columns, issued, fused)
 
 
 def prune(tree: Tree, node: int) -> list[int]:
@@ -491,10 +587,13 @@ def prune(tree: Tree, node: int) -> list[int]:
 
 
 def to_json(tree: Tree) -> str:
-    """The whole tree as JSON text: root seed, columns (NaN as null), and the seeds given out."""
+    """The whole tree as JSON text: root seed, columns (NaN as null), seeds given out, fusions."""
     columns = {name: _plain(getattr(tree, name)) for name in _COLUMNS}
     issued = [[*key, count] for key, count in sorted(tree._issued.items())]
-    return json.dumps({"root_seed": tree.root_seed, "issued": issued, "columns": columns})
+    fused = [[node, *fusion] for node, fusion in sorted(tree._fusions.items())]
+    return json.dumps(
+        {"root_seed": tree.root_seed, "issued": issued, "fusions": fused, "columns": columns}
+    )
 
 
 def from_json(text: str) -> Tree:
@@ -505,11 +604,18 @@ def from_json(text: str) -> Tree:
         entries = [_number(entry) for entry in saved["columns"][name]]
         columns[name] = np.array(entries, dtype=dtype)
     issued = {(parent, move, stride): count for parent, move, stride, count in saved["issued"]}
-    return _from_columns(saved["root_seed"], columns, issued)
+    fused = {
+        node: Fusion(tuple(particles), tuple(weights), method)
+        for node, particles, weights, method in saved["fusions"]
+    }
+    return _from_columns(saved["root_seed"], columns, issued, fused)
 
 
 def _from_columns(
-    root_seed: int, columns: dict[str, npt.NDArray[Any]], issued: dict[tuple[int, int, int], int]
+    root_seed: int,
+    columns: dict[str, npt.NDArray[Any]],
+    issued: dict[tuple[int, int, int], int],
+    fused: dict[int, Fusion],
 ) -> Tree:
     tree = Tree(root_seed)
     tree._views.clear()
@@ -526,6 +632,7 @@ def _from_columns(
         int(handle): node for node, handle in enumerate(tree.handle) if handle != NO_HANDLE
     }
     tree._issued = dict(issued)
+    tree._fusions = dict(fused)
     return tree
 
 

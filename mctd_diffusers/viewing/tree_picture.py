@@ -23,11 +23,12 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
 from PIL import Image
 
-from mctd_diffusers.search.tree import ROOT, Tree, path_to_root
+from mctd_diffusers.search.tree import FUSE, ROOT, Tree, makers, path_to_root
 
 PALETTE = "viridis"
 """Colours of the values: even in lightness, so they read the same to colour-blind readers."""
 WINNER = "#d1495b"
+FUSED = "#7b3fa0"
 INK = "#3a3a3a"
 FAINT = "#b8b8b8"
 _MOST_THUMBNAILS = 9
@@ -165,12 +166,14 @@ def draw_tree(
     axes.set_ylim(height.min() - 1.0, 1.0)
 
     _draw_edges(axes, parent, column, height, path)
+    _draw_fusions(axes, tree, column, height)
     norm = _value_scale(score)
     points = 72 * (depth_in - bottom_in) / (2.0 - height.min())
     area = _areas(tree.visit_count, most=(0.95 * points) ** 2)
-    _draw_nodes(axes, column, height, score, area, norm, winner)
+    _draw_nodes(axes, column, height, score, area, norm, winner, tree.move == FUSE)
+    _draw_pruned(axes, column[~tree.live], height[~tree.live], area[~tree.live])
     _label_axes(axes, num_steps)
-    _draw_key(figure, norm, tree.visit_count, area, height_in, bottom_in, depth_in)
+    _draw_key(figure, norm, tree, area, height_in, bottom_in, depth_in)
     for node, picture in thumbs.items():
         _draw_thumbnail(
             figure,
@@ -249,6 +252,38 @@ def _draw_edges(
         )
 
 
+def _draw_fusions(
+    axes: Axes,
+    tree: Tree,
+    column: npt.NDArray[np.int64],
+    height: npt.NDArray[np.float64],
+) -> None:
+    """Draws a thin line from every particle to what it was fused into."""
+    for node in np.flatnonzero(tree.move == FUSE).tolist():
+        for particle in makers(tree, node):
+            # Both stand at one step, so the line is bent out to the right of it.
+            x, low, high = float(column[node]), float(height[particle]), float(height[node])
+            curve = Curve(
+                [(x, low), (x + 0.5, (low + high) / 2), (x, high)],
+                [Curve.MOVETO, Curve.CURVE3, Curve.CURVE3],
+            )
+            axes.add_patch(
+                PathPatch(
+                    curve, fill=False, edgecolor=FUSED, linewidth=0.9, linestyle=":", zorder=2
+                )
+            )
+
+
+def _draw_pruned(
+    axes: Axes,
+    column: npt.NDArray[np.int64],
+    height: npt.NDArray[np.float64],
+    area: npt.NDArray[np.float64],
+) -> None:
+    """Crosses out the nodes that were pruned."""
+    axes.scatter(column, height, s=area, marker="x", color=INK, linewidth=0.8, zorder=5)
+
+
 def _areas(visits: npt.NDArray[np.int64], most: float) -> npt.NDArray[np.float64]:
     """Gives the areas of nodes in points squared: that of one visit, and up to eighteen times that.
 
@@ -269,6 +304,7 @@ def _draw_nodes(
     area: npt.NDArray[np.float64],
     norm: Normalize,
     winner: int,
+    fused: npt.NDArray[np.bool_],
 ) -> None:
     known = np.isfinite(score)
     unknown = ~known
@@ -277,10 +313,11 @@ def _draw_nodes(
         column[unknown], height[unknown], s=area[unknown] * 0.7, facecolor="white",
         edgecolor=FAINT, linewidth=0.8, zorder=3,
     )  # fmt: skip
-    axes.scatter(
-        column[known], height[known], s=area[known], c=score[known], cmap=PALETTE, norm=norm,
-        edgecolor=INK, linewidth=0.4, zorder=4, clip_on=False,
-    )  # fmt: skip
+    for some, marker, edge in ((known & ~fused, "o", INK), (known & fused, "D", FUSED)):
+        axes.scatter(
+            column[some], height[some], s=area[some], c=score[some], cmap=PALETTE, norm=norm,
+            marker=marker, edgecolor=edge, linewidth=0.4, zorder=4, clip_on=False,
+        )  # fmt: skip
     axes.scatter(column[:1], height[:1], s=60, marker="s", facecolor=INK, edgecolor=INK, zorder=4)
     axes.text(
         column[0] - 0.02 * float(column.max()), 0.0, "prompt", color=INK, fontsize=8.5,
@@ -312,7 +349,7 @@ def _label_axes(axes: Axes, num_steps: int) -> None:
 def _draw_key(
     figure: Figure,
     norm: Normalize,
-    visits: npt.NDArray[np.int64],
+    tree: Tree,
     area: npt.NDArray[np.float64],
     height_in: float,
     bottom_in: float,
@@ -324,6 +361,7 @@ def _draw_key(
     bar.set_label("value of the estimate,\nreward where finished", fontsize=8, color=INK)
     bar.ax.tick_params(labelsize=7.5, colors=INK, length=2)
     bar.outline.set_visible(False)
+    visits = tree.visit_count
     most = max(1, int(visits[1:].max()))
     shown = {1: float(area.min())}
     for wanted in (math.sqrt(most), most):
@@ -340,6 +378,15 @@ def _draw_key(
         Line2D([], [], linestyle="", marker="o", color="white", markeredgecolor=FAINT,
                markersize=3.2, label="not valued"),
     ]  # fmt: skip
+    if (tree.move == FUSE).any():
+        handles.append(
+            Line2D([], [], linestyle=":", marker="D", color=FUSED, markeredgecolor=FUSED,
+                   markerfacecolor="white", markersize=4.5, linewidth=0.9, label="fused")
+        )  # fmt: skip
+    if not tree.live.all():
+        handles.append(
+            Line2D([], [], linestyle="", marker="x", color=INK, markersize=5, label="pruned")
+        )
     figure.legend(
         handles=handles,
         loc="upper right",

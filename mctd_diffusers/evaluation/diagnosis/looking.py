@@ -33,11 +33,14 @@ from mctd_diffusers.search.seeding import child_seed, root_seed_of
 from mctd_diffusers.search.strides import constant_strides
 from mctd_diffusers.search.tree import (
     DRAW,
+    FUSE,
     PERTURB,
     RENOISE,
     ROOT,
     STEP,
     Tree,
+    ancestry,
+    makers,
     path_to_root,
 )
 
@@ -182,9 +185,27 @@ def _num_continuations(left: int, effort: Effort) -> int:
 
 def _evaluated_for(tree: Tree, nodes: Sequence[int], num_steps: int) -> set[int]:
     """Rows that must be evaluated to make ``nodes`` again by their moves."""
-    rows = {row for node in nodes for row in path_to_root(tree, node)} - {ROOT}
-    parents = {int(tree.parent[row]) for row in rows if tree.move[row] in (STEP, RENOISE)}
-    return {row for row in parents if tree.step_index[row] < num_steps}
+    rows = ancestry(tree, nodes)
+    sources = {
+        source
+        for row in rows
+        if tree.move[row] in (STEP, RENOISE, FUSE)
+        for source in makers(tree, row)
+    }
+    return {row for row in sources if tree.step_index[row] < num_steps}
+
+
+def _generations(tree: Tree, rows: Sequence[int]) -> list[list[int]]:
+    """Rows of an :func:`ancestry`, those of each generation made from earlier ones alone."""
+    generation_of = {ROOT: -1}
+    generations: list[list[int]] = []
+    for row in rows:
+        generation = 1 + max(generation_of[source] for source in makers(tree, row))
+        generation_of[row] = generation
+        if generation == len(generations):
+            generations.append([])
+        generations[generation].append(row)
+    return generations
 
 
 @dataclass(frozen=True)
@@ -289,12 +310,10 @@ class _Look:
     def make_again(self, nodes: Sequence[int]) -> dict[int, int]:
         """Samples of rows of the search's tree, made by their moves and seeds; row to handle."""
         tree = self._tree
-        rows = sorted({row for node in nodes for row in path_to_root(tree, node)} - {ROOT})
         needed = _evaluated_for(tree, nodes, self._num_steps)
         made: dict[int, int] = {}
-        for depth in sorted(set(tree.depth[rows].tolist())):
-            generation = [row for row in rows if tree.depth[row] == depth]
-            for move in (DRAW, STEP, RENOISE, PERTURB):
+        for generation in _generations(tree, ancestry(tree, nodes)):
+            for move in (DRAW, STEP, RENOISE, PERTURB, FUSE):
                 some = [row for row in generation if tree.move[row] == move]
                 if some:
                     made |= zip(some, self._move(move, some, made).tolist(), strict=True)
@@ -303,11 +322,13 @@ class _Look:
         return made
 
     def _move(self, move: int, rows: list[int], made: dict[int, int]) -> Handles:
-        """Make one move to each of ``rows``, whose parents are made."""
+        """Make one move to each of ``rows``, whose parents or particles are made."""
         tree, environment = self._tree, self._environment
         seeds = tree.seed[rows]
         if move == DRAW:
             return environment.reset(np.full(len(rows), self._scene.problem), seeds)
+        if move == FUSE:
+            return self._fuse(rows, made)
         parents = np.array([made[int(tree.parent[row])] for row in rows], dtype=np.int64)
         if move == STEP:
             actions = [
@@ -323,6 +344,21 @@ class _Look:
             here = stands == step_index
             handles[here] = environment.renoise(parents[here], step_index, seeds[here])
         return handles
+
+    def _fuse(self, rows: list[int], made: dict[int, int]) -> Handles:
+        """Fuse the particles of each of ``rows`` again."""
+        tree = self._tree
+        groups = [fusion for row in rows if (fusion := tree.fusion_of(row)) is not None]
+        return self._environment.fuse(
+            [
+                np.array([made[node] for node in group.particles], dtype=np.int64)
+                for group in groups
+            ],
+            [np.array(group.weights) for group in groups],
+            [group.method for group in groups],
+            tree.seed[rows],
+            [_entry(tree.guidance[row]) for row in rows],
+        ).handles
 
     def into(self, samples: dict[int, int]) -> dict[int, _Scored]:
         """Scores of continuations of samples (row to handle), by row; exact ones are single."""
