@@ -256,12 +256,6 @@ def check_stock(stock: dict[str, Any], defaults: Mapping[str, Any] | None = None
     Raises:
         ConfigError: one of them is such.
     """
-    for name in ("callback_on_step_end", "callback"):
-        if stock.get(name) is not None:
-            raise ConfigError(
-                f"{name} follows a single line of steps, and a search has none: leave it out, or "
-                "call with search=None"
-            )
     if stock["num_images_per_prompt"] is None:
         stock["num_images_per_prompt"] = 1
     for name in ("num_inference_steps", "num_images_per_prompt", "height", "width"):
@@ -367,6 +361,8 @@ class Prepared:
         features: a tap on the network's blocks.
         kinds: of each image, where a call of the network may hold images of one kind alone; see
             `Denoiser`.
+        prompt_embeds: what the network is told of each image's prompt, for callbacks; ``None``
+            where it is no one tensor.
     """
 
     network: Network
@@ -375,6 +371,7 @@ class Prepared:
     first_latents: Float[Tensor, "images *sample"]
     features: FeatureTap
     kinds: Sequence[Hashable] | None = None
+    prompt_embeds: Float[Tensor, "prompts tokens channels"] | None = None
 
 
 @dataclass

@@ -41,6 +41,7 @@ from huggingface_hub import CommitInfo, snapshot_download
 from PIL import Image
 from torch import Tensor
 
+from mctd_diffusers.callbacks import WaveCallbacks, check_callbacks
 from mctd_diffusers.calls import (
     Prepared,
     SearchCall,
@@ -127,7 +128,6 @@ from mctd_diffusers.search.environment import (
     Seeds,
 )
 from mctd_diffusers.search.log import SearchLog
-from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.runner import Finished, SearchResult, Strategy, Wave, run_search
 from mctd_diffusers.search.saving import load_search
 from mctd_diffusers.search.seeding import root_seed_of
@@ -610,13 +610,14 @@ class MCTDPipeline(DiffusionPipeline):
         if world.with_plain:
             strategy = WithPlain(strategy, len(world.prompts))
         try:
-            with self._progress(world, call.problems, saver) as on_wave:
+            with self._progress(call, saver) as on_wave:
                 results = run_search(
                     strategy,
                     world.environment,
                     call.problems,
                     seconds=call.seconds,
                     on_wave=on_wave,
+                    is_interrupted=lambda: bool(self._interrupt),
                     log=None if saver is None else saver.log,
                 )
             if saver is not None:
@@ -786,6 +787,7 @@ class MCTDPipeline(DiffusionPipeline):
             stepper = Stepper(scheduler, eta=stock.get("eta", 0.0))
             check_longest_stride(strategy, stepper, scheduler)
             prepared = self._prepare(stock, prompts_per_call)
+        check_callbacks(stock, prepared)
         settings = recipe_settings(
             stock,
             prompts,
@@ -819,12 +821,16 @@ class MCTDPipeline(DiffusionPipeline):
 
     @contextmanager
     def _progress(
-        self, world: World, problems: Sequence[Problem], saver: CallSaver | None
+        self, call: SearchCall, saver: CallSaver | None
     ) -> Iterator[Callable[[Wave], None]]:
-        """A progress bar over the NFE budget, with the best reward so far (their mean, of many)."""
-        budgets = [problem.budget.nfe for problem in problems]
+        """What follows each wave: callbacks, saving, and a progress bar over the NFE budget.
+
+        The bar shows the best reward so far (their mean, of many images).
+        """
+        budgets = [problem.budget.nfe for problem in call.problems]
         total = sum(math.inf if nfe is None else nfe for nfe in budgets)
-        ledger = world.environment.ledger
+        ledger = call.world.environment.ledger
+        callbacks = WaveCallbacks(self, call.stock, call.world)
         with self.progress_bar(total=total) as bar:
 
             def on_wave(wave: Wave) -> None:
@@ -832,6 +838,8 @@ class MCTDPipeline(DiffusionPipeline):
                 if best:
                     bar.set_postfix(best_reward=f"{np.mean(best):.4g}", refresh=False)
                 bar.update(ledger.total.nfe - bar.n)
+                if not self._interrupt:
+                    callbacks(wave)
                 if saver is not None:
                     saver.save_if_due()
 

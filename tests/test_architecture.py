@@ -25,7 +25,7 @@ ORDER = [
     {"models", "rewards"},
     {"results"},
     {"calls"},
-    {"pipeline_folder", "saved_calls"},
+    {"callbacks", "pipeline_folder", "saved_calls"},
     {"pipeline"},
     {"families", "processes"},
     {"trajectories", "evaluation", "viewing"},

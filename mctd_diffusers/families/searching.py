@@ -160,9 +160,10 @@ _INIT_DOC: Final = """Args:
 
 _CALL_DOC: Final = """The call function to the pipeline for generation.
 
-The arguments before `search` are those of [`{name}`], in its order and with its meaning; a search
-has no single line of steps, so it takes no callback. With one generator an image, an image does not
-depend on the others.
+The arguments before `search` are those of [`{name}`], in its order and with its meaning. In a
+search a step is a wave: a callback sees the samples that a wave evaluated, `latents` and
+`prompt_embeds`, and may set `pipe._interrupt = True`, but changes nothing. With one generator an
+image, an image does not depend on the others.
 
 Args:
 {stock}
@@ -193,6 +194,7 @@ Raises:
     ConfigError: an argument cannot work; before the first call of the network.
     BudgetError: a budget is too small to finish one sample.
     UnsupportedSchedulerError: `search_scheduler` cannot be branched.
+    SearchError: a callback changed a tensor or a setting; `partial` holds the output so far.
     RewardError: the reward raised or answered in the wrong form; `partial` holds the output so far.
     NonFiniteRewardError: a reward is NaN or infinite; `partial` likewise.
 """

@@ -169,6 +169,7 @@ class TransformerFamily(MCTDPipeline):
             first_latents=first_latents,
             features=features,
             kinds=kinds,
+            prompt_embeds=network.conditional["encoder_hidden_states"],
         )
 
     def _decoder(self, vae: Any, unpack: Callable[[Tensor], Tensor] | None) -> VaeDecoder:

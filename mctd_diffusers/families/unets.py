@@ -154,6 +154,7 @@ class UNetFamily(MCTDPipeline):
             preview=None if self.preview_vae is None else VaeDecoder(self.preview_vae),
             first_latents=first_latents,
             features=FeatureTap(self.unet, rows_per_latent=network.rows_per_latent),
+            prompt_embeds=conditional["encoder_hidden_states"],
         )
 
     def _decoder(self) -> VaeDecoder:

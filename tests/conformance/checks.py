@@ -22,7 +22,8 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.callbacks import TENSOR_INPUTS
+from mctd_diffusers.errors import ConfigError, SearchError
 from mctd_diffusers.families.parts import call_by_names
 from mctd_diffusers.pipeline import MCTDPipeline
 from tests.conformance.not_applicable import NOT_APPLICABLE
@@ -262,12 +263,45 @@ class ConformanceChecks:
         theirs = self.run(stock, callback_on_step_end=raise_guidance).images
         assert torch.equal(images, theirs)
 
-    def test_a_search_says_that_it_takes_no_callback(self, pipe: Any) -> None:
+    def test_a_callback_sees_the_waves_of_a_search(
+        self, pipe: Any, expected: Callable[[str], torch.Tensor]
+    ) -> None:
+        steps: list[int] = []
+        samples = 0
+
+        def look(pipe: Any, step: int, timesteps: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal samples
+            steps.append(step)
+            samples += len(tensors["latents"])
+            assert set(tensors) == set(TENSOR_INPUTS)
+            assert len(timesteps) == len(tensors["latents"]) == len(tensors["prompt_embeds"])
+            return tensors
+
+        call = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": TENSOR_INPUTS}
+        out = self.run(pipe, search="mctd", **call)
+        assert steps == list(range(len(steps)))
+        assert samples == out.nfe[0]
+        assert torch.equal(out.images, expected("mctd"))
+
+    def test_a_search_refuses_what_a_callback_changes(self, pipe: Any) -> None:
+        def change(pipe: Any, step: int, timesteps: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            return {"latents": torch.zeros_like(tensors["latents"])}
+
+        def guide(pipe: Any, step: int, timesteps: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            pipe._guidance_scale = 9.0
+            return tensors
+
+        for callback, complaint in ((change, "changed 'latents'"), (guide, "set guidance_scale")):
+            with pytest.raises(SearchError, match=f"the callback {complaint}"):
+                self.run(pipe, search="mctd", callback_on_step_end=callback)
+
+    def test_a_search_refuses_to_show_other_tensors(self, pipe: Any) -> None:
+        given = {"callback_on_step_end_tensor_inputs": ["latents", "noise_pred"]}
         with (
             counted_rows(pipe.components[self.denoiser_of(pipe)]) as rows,
-            pytest.raises(ConfigError, match="callback_on_step_end follows a single line"),
+            pytest.raises(ConfigError, match=r"callback_on_step_end_tensor_inputs.*noise_pred"),
         ):
-            self.run(pipe, search="mctd", callback_on_step_end=lambda *_: {})
+            self.run(pipe, search="mctd", callback_on_step_end=lambda *_: {}, **given)
         assert not rows()
 
     def test_an_interrupt_ends_the_steps(self, pipe: Any) -> None:
@@ -284,6 +318,21 @@ class ConformanceChecks:
         with counted_rows(pipe.components[self.denoiser_of(pipe)]) as rows:
             assert self.run(pipe, search="none").nfe == [STEPS]
             assert len(rows()) == STEPS * interrupted
+
+    def test_an_interrupt_ends_a_search_with_a_picture(
+        self, pipe: Any, expected: Callable[[str], torch.Tensor]
+    ) -> None:
+        def interrupt(pipe: Any, step: int, timesteps: Any, tensors: dict[str, Any]) -> Any:
+            assert step == 0
+            pipe._interrupt = True
+            return tensors
+
+        out = self.run(pipe, search="mctd", compute=8, callback_on_step_end=interrupt)
+        assert out.search[0].stop_reason == "interrupted"
+        assert out.search[0].best_reward is not None
+        assert out.images.shape == expected("mctd").shape
+        assert out.nfe[0] < 8 * STEPS
+        assert torch.equal(self.run(pipe, search="mctd").images, expected("mctd"))
 
     @classmethod
     def denoiser_of(cls, pipe: Any) -> str:

@@ -417,7 +417,7 @@ def test_a_scheduler_that_is_named_is_used_or_refused(pipe: MCTDPipeline) -> Non
         ({"reward_prompt": ["a", "b"]}, "1 prompts and 2 reward prompts"),
         ({"timesteps": [3, 1], "sigmas": [1.0]}, "timesteps and sigmas"),
         ({"timesteps": [900, 500, 100]}, "timestep schedules"),
-        ({"callback_on_step_end": print}, "callback_on_step_end"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end=3 is a int: give a function"),
         ({"serach": "beam"}, "did you mean 'search'"),
         ({"reward_model": "clop"}, "clop"),
     ],
