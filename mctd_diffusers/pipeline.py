@@ -61,7 +61,7 @@ from mctd_diffusers.calls import (
     stride_parts_of,
     with_head_or_without,
 )
-from mctd_diffusers.denoising.denoiser import chunks
+from mctd_diffusers.denoising.denoiser import Calls, Chunk
 from mctd_diffusers.denoising.environment import LatentEnvironment
 from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, RewardFn
 from mctd_diffusers.denoising.scheduler_names import check_fits, levels_of_model, scheduler_from
@@ -124,6 +124,7 @@ from mctd_diffusers.search.environment import (
     REJECTED,
     Action,
     Handles,
+    Ledger,
     Prices,
     Seeds,
 )
@@ -932,10 +933,15 @@ class MCTDPipeline(DiffusionPipeline):
         self, decoder: Decoder, device: torch.device, rows_per_call: int, latents: Tensor
     ) -> list[Image.Image]:
         """Finished latents as pictures, in calls of the same size as in the search."""
+
+        def decode(chunk: Chunk) -> Tensor:
+            return decoder(chunk.fill(latents[chunk.rows]).to(device))
+
         pictures: list[Image.Image] = []
-        for rows, filled in chunks(len(latents), rows_per_call):
-            images = decoder(latents[rows][filled].to(device))[: rows.stop - rows.start]
-            pictures += self._postprocess(self._check_safety(images)[0], "pil")
+        for chunk, images in Calls(rows_per_call, Ledger(), device).make(
+            "decode", len(latents), decode
+        ):
+            pictures += self._postprocess(self._check_safety(images[: chunk.useful])[0], "pil")
         self.maybe_free_model_hooks()
         return pictures
 

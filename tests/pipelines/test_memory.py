@@ -82,6 +82,25 @@ def test_a_replay_says_where_memory_ran_out_midway(
     assert torch.allclose(replayed.latents, latents, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("asked", ["top", "draw"])
+def test_what_was_found_is_decoded_in_smaller_calls_where_memory_runs_out_then(
+    pipe: MCTDPipeline, caplog: pytest.LogCaptureFixture, asked: str
+) -> None:
+    found = search(pipe, search="dts", compute=6).search[0]
+
+    def samples() -> Any:
+        return found.top(4) if asked == "top" else found.draw(4, temperature=1.0)
+
+    whole = samples()
+    with room_for(pipe, 1):
+        again = samples()
+    assert "decode ran out of memory in calls of 4 latents" in caplog.text
+    for sample, other in zip(again, whole, strict=True):
+        assert sample.node == other.node
+        pixels = [np.asarray(each.image, dtype=np.int16) for each in (sample, other)]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
 def test_a_search_with_room_enough_says_what_was_asked_for(pipe: MCTDPipeline) -> None:
     out = search(pipe)
     assert out.ledger.rows_by_phase == {"network": [4], "decode": [4], "reward": [4]}
