@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mctd_diffusers.results import read_recipe
 from mctd_diffusers.rewards import resolving
 from tests.pipelines import tiny
 from tests.test_cli import fails, model, run
@@ -44,6 +45,7 @@ def test_a_command_stopped_by_ctrl_c_goes_on_as_if_never_stopped(
         monkeypatch.setitem(resolving._NAMED_REWARDS, name, lambda reward=reward: reward)
     settings = ["--steps", 4, "--compute", 3, "--rows-per-call", 4]
     settings += ["--search", "best_of_n:wave_size=1"]
+    settings += ["--offload-latents", "--half-latents", "--reward-prompt", "blue"]
     call = [*PROMPTS, *settings, "--seed", 7, "--model", model]
     whole = ["--reward", "patient", "--output", tmp_path / "whole"]
     assert run(capsys, "generate", *call, *whole)[0] == 0
@@ -73,6 +75,22 @@ def test_a_command_stopped_by_ctrl_c_goes_on_as_if_never_stopped(
     images = [next(iter(report["searches"].values()))["images"] for report in reports]
     for image, same in zip(*images, strict=True):
         assert image | {"cost": 0} == same | {"cost": 0}  # prices are measured in each run
+
+
+def test_options_of_a_search_reach_it(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    call = ["a cup", "--steps", 4, "--compute", 3, "--model", model]
+    given = ["--offload-latents", "--half-latents", "--include-plain", "--reward-prompt", "red"]
+    status, _, err = run(capsys, "generate", *call, *given, "--output", tmp_path)
+    assert status == 0, err
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert report["offload_latents"] is report["half_latents"] is report["include_plain"] is True
+    recipe = read_recipe(tmp_path / "a-cup.png")
+    assert recipe["half_latents"] is True
+    assert (recipe["prompt"], recipe["reward_prompt"]) == ("a cup", "red")
+    said = fails(capsys, "generate", *call, "--search", "none", "--half-latents")
+    assert "leave --half-latents out, or name a search" in said
 
 
 def test_a_search_that_goes_on_takes_no_other_settings(

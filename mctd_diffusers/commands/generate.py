@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mctd_diffusers.pipeline import MCTDPipeline
     from mctd_diffusers.viewing.comparison import Column
 
-_GO_ON_WITH = ("output", "model", "reward", "device", "trees", "resume")
+_GO_ON_WITH = ("output", "model", "reward", "device", "trees", "resume", "save_every")
 """Options that a search takes which goes on; all others it has from its folder."""
 
 
@@ -61,11 +61,33 @@ def generate(
     images_per_prompt: ImagesPerPrompt = 1,
     scheduler: Scheduler = None,
     rows_per_call: RowsPerCall = None,
+    offload_latents: Annotated[
+        bool,
+        typer.Option("--offload-latents", help="Keep samples on the host; changes no bit."),
+    ] = False,
+    half_latents: Annotated[
+        bool,
+        typer.Option("--half-latents", help="Keep samples in half precision, which rounds them."),
+    ] = False,
+    include_plain: Annotated[
+        bool,
+        typer.Option(
+            "--include-plain",
+            help="Score the plain sample too, out of the same budget; the answer is never worse.",
+        ),
+    ] = False,
+    reward_prompt: Annotated[
+        str | None, typer.Option(help="What the reward reads in place of the prompts.")
+    ] = None,
     device: Device = None,
     trees: Annotated[bool, typer.Option("--trees", help="Draw the search trees too.")] = False,
     save_to: Annotated[
-        Path | None, typer.Option(help="Save the search there every minute, at its end, at Ctrl-C.")
+        Path | None,
+        typer.Option(help="Save the search there now and then, at its end, at Ctrl-C."),
     ] = None,
+    save_every: Annotated[
+        float, typer.Option(min=0, help="Seconds between two saves, at least; 0 is every wave.")
+    ] = 60.0,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -84,6 +106,7 @@ def generate(
     elif not prompts:
         raise typer.BadParameter("Missing argument 'PROMPTS...'.")
     label, chosen = parse_search(search)
+    extras = _extras(given, chosen)
     with saving() as saved:
         from mctd_diffusers.files import make_folder
         from mctd_diffusers.processes import my_device
@@ -107,8 +130,9 @@ def generate(
             texts = [prompt for prompt in prompts or [] for _ in range(images_per_prompt)]
             work = _new_work(texts, label, chosen, seed, save_to)
         pipe = load_pipeline(model, reward, call)
-        column, error = work.draw(pipe, call.arguments | work.save)
-        arguments = work.arguments or call.arguments
+        own = call.arguments | extras
+        column, error = work.draw(pipe, own, save_every)
+        arguments = work.arguments or own
         ending = _write(
             pipe,
             column,
@@ -138,6 +162,23 @@ def _check_only(given: dict[str, Any], allowed: Sequence[str]) -> None:
             )
 
 
+def _extras(given: dict[str, Any], search: Any) -> dict[str, Any]:
+    """Arguments of a search that are given, and that no other command has.
+
+    Raises:
+        ConfigError: there are some, and no search.
+    """
+    names = ("offload_latents", "half_latents", "include_plain", "reward_prompt")
+    extras = {name: given[name] for name in names if given[name] not in (None, False)}
+    if extras and search is None:
+        written = [f"--{name.replace('_', '-')}" for name in extras]
+        raise ConfigError(
+            f"search 'none' is the stock pipeline, which has none of these: leave "
+            f"{', '.join(written)} out, or name a search"
+        )
+    return extras
+
+
 @dataclass(frozen=True)
 class _Work:
     """What this process has to draw.
@@ -160,25 +201,24 @@ class _Work:
     is_saved: bool
     arguments: dict[str, Any]
 
-    @property
-    def save(self) -> dict[str, Any]:
-        """What the call takes to be saved."""
-        return {} if self.folder is None else {"save_to": self.folder}
-
     def draw(
-        self, pipe: MCTDPipeline, call: dict[str, Any]
+        self, pipe: MCTDPipeline, call: dict[str, Any], save_every: float
     ) -> tuple[Column | None, SearchError | None]:
         """Search; where that fails, what was finished before and the error."""
         if not self.texts:  # more processes than prompts
             return None, None
         if not self.is_saved:
+            save = {"save_to": self.folder, "save_every_s": save_every}
+            call = call if self.folder is None else call | save
             return draw(pipe, self.texts, self.label, self.search, seed=self.seed, call=call)
         from mctd_diffusers.viewing.comparison import column_of
 
         assert self.folder is not None
         started = time.monotonic()
         try:
-            found = pipe.resume(self.folder, output_type="pt", return_dict=True)
+            found = pipe.resume(
+                self.folder, output_type="pt", return_dict=True, save_every_s=save_every
+            )
         except SearchError as error:
             return finished_before(error, self.texts, self.label, started), error
         seconds = time.monotonic() - started
@@ -224,7 +264,7 @@ def _saved_work(resume: Path) -> _Work:
         "time_budget_s": saved.call["options"]["time_budget_s"],
     }
     return _Work(
-        texts=saved.call["reward_prompts"],
+        texts=[each["prompt"] for each in saved.call["settings"]],
         label=saved.strategy.name,
         seed=(settings["first_draw"] or {}).get("seed", 0),
         search=saved.strategy,
