@@ -67,7 +67,7 @@ def check(particles: Particles, draft: Draft) -> str:
     Particles are samples of the level, so they say what is normal there: a statistic must lie in
     their range, widened by 4 standard errors at either end. (The norm of the noise is no exception:
     by an estimate of the clean latents it is below 1, the more so the cleaner the level.) The power
-    of the estimate must be within a factor of 2 of their mean in every octave.
+    of the estimate must be in their range, or within a factor of 2 of their mean, in every octave.
     """
     noise = (draft.latents - particles.signal * draft.clean) / particles.noise
     numbers = noise.numel()
@@ -153,5 +153,7 @@ def _has_usual_channels(noise: Tensor, noises: Tensor) -> bool:
 
 def _has_usual_spectrum(clean: Tensor, particles: Particles) -> bool:
     found = octave_powers(clean[None])[0]
-    usual = octave_powers(particles.clean).mean(dim=0)
-    return bool(((found >= usual / _SPECTRUM_FACTOR) & (found <= usual * _SPECTRUM_FACTOR)).all())
+    usual = octave_powers(particles.clean)
+    low = torch.minimum(usual.amin(dim=0), usual.mean(dim=0) / _SPECTRUM_FACTOR)
+    high = torch.maximum(usual.amax(dim=0), usual.mean(dim=0) * _SPECTRUM_FACTOR)
+    return bool(((found >= low) & (found <= high)).all())

@@ -387,7 +387,8 @@ def composed_noise(particles: Particles) -> Float[Tensor, "*sample"]:
     Of noises of one norm that is ``sum w_i e_i / sqrt(w' R w)`` with ``R`` their cosines, which has
     unit variance whatever they have in common; ``sqrt(sum w_i^2)`` in its place (Bodin et al.,
     2024, arXiv 2408.08558) holds for independent ones alone, and siblings are not. Noises that
-    cancel have no direction: what comes of them is not finite, and no check lets it pass.
+    cancel to nothing have no direction: what comes of them is not finite, and no check lets it
+    pass.
     """
     noise = particles.weighted(particles.noises)
     squares = particles.noises.flatten(1).square().sum(dim=1)

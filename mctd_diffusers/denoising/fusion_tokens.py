@@ -83,7 +83,9 @@ class Transport:
         for cloud in clouds:
             cost = ot.dist(support, cloud)
             if self.entropy:
-                plan = ot.sinkhorn(mass, mass, cost, self.entropy, warn=False)
+                plan = ot.sinkhorn(
+                    mass, mass, cost, self.entropy, method="sinkhorn_log", warn=False
+                )
             else:
                 plan = ot.emd(mass, mass, cost)
             plans.append(plan / plan.sum(dim=1, keepdim=True))
@@ -111,6 +113,7 @@ class Transport:
                 self.entropy,
                 weights=shares,
                 numItermax=self.iterations,
+                method="sinkhorn_log",
                 warn=False,
             )
         return ot.lp.free_support_barycenter(
