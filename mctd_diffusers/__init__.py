@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         UnsupportedSchedulerError,
     )
     from mctd_diffusers.evaluation.judge import SceneJudge
+    from mctd_diffusers.models.feature_decoder import FeatureToLatent
     from mctd_diffusers.models.ige import InformationGainEvaluator
     from mctd_diffusers.pipeline import MCTDPipeline
     from mctd_diffusers.processes import search_in_processes
@@ -66,6 +67,7 @@ _MODULES = {
     "ConfigError": "errors",
     "DraftRefine": "search.strategies.draft_refine",
     "Evolution": "search.strategies.evolution",
+    "FeatureToLatent": "models.feature_decoder",
     "ImageSearch": "results",
     "InformationGainEvaluator": "models.ige",
     "JpegCompressibility": "rewards.jpeg",
@@ -104,6 +106,7 @@ __all__ = [
     "ConfigError",
     "DraftRefine",
     "Evolution",
+    "FeatureToLatent",
     "ImageSearch",
     "InformationGainEvaluator",
     "JpegCompressibility",

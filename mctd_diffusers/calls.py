@@ -22,7 +22,13 @@ from torch import Tensor
 from mctd_diffusers.denoising.denoiser import FeatureTap, synchronize
 from mctd_diffusers.denoising.environment import LatentEnvironment, measure_prices, within_memory
 from mctd_diffusers.denoising.gains import NO_STRIDE_PARTS, GainHead, StrideParts, stride_parts
-from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, Network, Outputs
+from mctd_diffusers.denoising.protocols import (
+    CheckedReward,
+    Decoder,
+    FeatureDecoder,
+    Network,
+    Outputs,
+)
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import BudgetError, ConfigError, UnsupportedSchedulerError
 from mctd_diffusers.models.ige import InformationGainEvaluator
@@ -425,6 +431,7 @@ class World:
         prices: measured beforehand; all 0 where nothing is decided by them.
         with_plain: whether the plain samples are made beside the search, as problems of their own.
         reads_features: whether features of the samples will be asked for.
+        feature_decoder: for fusions of features, whose block's maps are then kept.
         strides: what the stride policy of the search asks for.
         head: digest of the weights of the head that the policy asks; ``None`` if it asks none.
     """
@@ -439,6 +446,7 @@ class World:
     prices: Prices
     with_plain: bool
     reads_features: bool = False
+    feature_decoder: FeatureDecoder | None = None
     strides: StrideParts = NO_STRIDE_PARTS
     head: str | None = None
     rows_by_phase: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -449,6 +457,14 @@ class World:
     def keeps_features(self) -> bool:
         """Whether its environment keeps features of the samples."""
         return self.reads_features or self.strides.reads_features
+
+    @property
+    def tap(self) -> FeatureTap | None:
+        """What its environment reads of the network's blocks."""
+        features = self.prepared.features
+        if self.feature_decoder is not None:
+            return features.mapping(self.feature_decoder.block, pools=self.keeps_features)
+        return features if self.keeps_features else None
 
     @functools.cached_property
     def decoder(self) -> Any:
@@ -482,9 +498,10 @@ class World:
             prices=self.prices,
             storage="cpu" if self.offloads_latents else None,
             half=self.half_latents,
-            features=self.prepared.features if self.keeps_features else None,
+            features=self.tap,
             gain_model=self.strides.gain_model,
             kinds=self.prepared.kinds and [*self.prepared.kinds] * times,
+            feature_decoder=self.feature_decoder,
         )
 
     def problems(self, budget: Budget, *, first_index: int = 0) -> list[Problem]:

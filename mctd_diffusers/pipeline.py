@@ -63,7 +63,12 @@ from mctd_diffusers.calls import (
 )
 from mctd_diffusers.denoising.denoiser import Calls, Chunk
 from mctd_diffusers.denoising.environment import LatentEnvironment
-from mctd_diffusers.denoising.protocols import CheckedReward, Decoder, RewardFn
+from mctd_diffusers.denoising.protocols import (
+    CheckedReward,
+    Decoder,
+    FeatureDecoder,
+    RewardFn,
+)
 from mctd_diffusers.denoising.scheduler_names import check_fits, levels_of_model, scheduler_from
 from mctd_diffusers.denoising.schedulers import check_scheduler
 from mctd_diffusers.denoising.stepper import Stepper
@@ -1334,7 +1339,13 @@ class MCTDPipeline(DiffusionPipeline):
         )
 
     @torch.no_grad()
-    def open_world(self, *args: Any, reads_features: bool = False, **kwargs: Any) -> World:
+    def open_world(
+        self,
+        *args: Any,
+        reads_features: bool = False,
+        feature_decoder: FeatureDecoder | None = None,
+        **kwargs: Any,
+    ) -> World:
         r"""Set up the world of a call, to denoise in it by hand; nothing is searched.
 
         Args:
@@ -1342,6 +1353,9 @@ class MCTDPipeline(DiffusionPipeline):
                 The arguments of the call.
             reads_features (`bool`, *optional*, defaults to `False`):
                 Whether its environment keeps features of the samples.
+            feature_decoder (`FeatureDecoder`, *optional*):
+                Such as a [`FeatureToLatent`], for fusions of features; its environment then keeps
+                maps of features.
             kwargs:
                 The arguments of the call.
 
@@ -1353,7 +1367,7 @@ class MCTDPipeline(DiffusionPipeline):
         """
         stock, options = self._bound(args, kwargs)
         world, _ = self._set_up(stock, replace(options, search="best_of_n"))
-        return replace(world, reads_features=reads_features)
+        return replace(world, reads_features=reads_features, feature_decoder=feature_decoder)
 
 
 def _retrace(environment: LatentEnvironment, moves: Sequence[dict[str, Any]]) -> list[Handles]:

@@ -84,7 +84,7 @@ def test_rows_keep_their_maps_whatever_the_order_of_calls(unet: Any) -> None:
     tap = FeatureTap(unet, rows_per_latent=2).mapping("up.1")
     network = GuidedUNet(unet, EMBEDS, NEGATIVE, 3.0)
     latents, problems = noise(4, 4, 8, 8), [0, 1, 2, 1]
-    said = []
+    said: list[Any] = []
     for kinds in (None, ["short", "long", "short"]):
         denoiser = make_denoiser(network, tap, kinds=kinds)
         states = [denoiser.stepper.initial_state(index) for index in (0, 3, 7, 2)]
@@ -141,6 +141,44 @@ def test_samples_that_are_not_evaluated_have_no_map(unet: Any) -> None:
         environment.feature_maps(fresh)
 
 
+class Tripling:
+    """A decoder of features that notes what it is asked."""
+
+    block = "up.1"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[torch.Tensor, float, float]] = []
+
+    def __call__(self, features: torch.Tensor, signal: float, noise: float) -> torch.Tensor:
+        self.asked.append((features, signal, noise))
+        return 3 * features[:, :4]
+
+
+@torch.no_grad()
+def test_samples_are_fused_by_the_maps_that_they_hold(unet: Any) -> None:
+    decoder = Tripling()
+    tap = FeatureTap(unet, rows_per_latent=2).mapping(decoder.block, pools=False)
+    environment = make_environment(unet, tap, feature_decoder=decoder)
+    handles = environment.reset(np.zeros(2, dtype=np.int64), np.array([5, 6]))
+    environment.denoise(handles)
+    maps, shares = environment.feature_maps(handles), np.array([0.6, 0.4])
+    spent = environment.ledger.total
+    environment.fuse([handles], [shares], ["features"], np.array([0]))
+    ((features, signal, factor),) = decoder.asked
+    assert torch.equal(features[1], maps[0])
+    assert signal**2 + factor**2 == pytest.approx(1)
+    assert environment.ledger.total == spent
+    # Without a decoder the estimates go where the features went; without maps nothing goes.
+    projecting = make_environment(unet, tap)
+    handles = projecting.reset(np.zeros(2, dtype=np.int64), np.array([5, 6]))
+    projecting.denoise(handles)
+    assert len(projecting.fuse([handles], [shares], ["features"], np.array([0])).handles) == 1
+    without = make_environment(unet, None)
+    handles = start(without)[:1]
+    with pytest.raises(ConfigError, match="1 of 1 samples have no map of features"):
+        without.fuse([handles], [np.ones(1)], ["features"], np.array([0]))
+
+
 def test_hooks_for_maps_are_gone_however_the_tap_closes(unet: Any) -> None:
     tap = FeatureTap(unet, names=(), map_block="up.0")
     with pytest.raises(TypeError), tap:
@@ -153,5 +191,7 @@ def test_a_map_of_a_block_that_is_not_there_is_refused(unet: Any) -> None:
     with pytest.raises(ConfigError, match=r"no blocks up\.7: name some of down\.0.*up\.0, up\.1"):
         FeatureTap(unet).mapping("up.7")
     transformer = tiny_flux.make_components()["transformer"]
-    with pytest.raises(ConfigError, match=r"FluxTransformer2DModel has no blocks block\.0"):
+    with pytest.raises(
+        ConfigError, match=r"FluxTransformer2DModel has no blocks block\.0: it has none"
+    ):
         FeatureTap(transformer, map_block="block.0")

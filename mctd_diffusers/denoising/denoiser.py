@@ -292,8 +292,8 @@ def _named(
     """
     if unknown := sorted(set(names or ()) - set(blocks)):
         raise ConfigError(
-            f"{type(network).__name__} has no blocks {', '.join(unknown)}: name some of "
-            f"{', '.join(blocks) or 'another network'}"
+            f"{type(network).__name__} has no blocks {', '.join(unknown)}: "
+            + (f"name some of {', '.join(blocks)}" if blocks else "it has none over a picture")
         )
     return {name: block for name, block in blocks.items() if names is None or name in names}
 

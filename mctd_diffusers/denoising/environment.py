@@ -43,6 +43,7 @@ from mctd_diffusers.denoising.latents import (
 from mctd_diffusers.denoising.protocols import (
     CheckedReward,
     Decoder,
+    FeatureDecoder,
     GainModel,
     Network,
     Outputs,
@@ -101,6 +102,8 @@ class LatentEnvironment:
         gain_model: predicts what jumps tell; ``None`` where a search asks for no predictions.
         kinds: of each problem, as for `Denoiser`.
         fuses: whether samples will be fused, so that how far estimates move is kept.
+        feature_decoder: makes clean latents of the maps that the tap keeps, for the fusion
+            ``features``.
 
     Raises:
         ConfigError: ``rows_per_call`` is below 1, or prompts and first latents differ in number.
@@ -125,6 +128,7 @@ class LatentEnvironment:
         gain_model: GainModel | None = None,
         kinds: Sequence[Hashable] | None = None,
         fuses: bool = False,
+        feature_decoder: FeatureDecoder | None = None,
     ) -> None:
         if len(prompts) != len(first_latents):
             raise ConfigError(
@@ -147,6 +151,7 @@ class LatentEnvironment:
             kinds=kinds,
         )
         self._gain_model = gain_model
+        self._feature_decoder = feature_decoder
         self._keeps_estimates = fuses or (gain_model is not None and gain_model.reads_change)
         self._decoder = decoder
         self._preview = preview
@@ -439,9 +444,10 @@ class LatentEnvironment:
             signal=float(signal),
             noise=float(noise),
             weights=torch.as_tensor(weights, dtype=torch.float64),
+            features=self._maps_of(samples) if method == "features" else None,
         )
         with timed(self.ledger, "fuse", self._device):
-            return fuse(method, particles, seed=seed)
+            return fuse(method, particles, seed=seed, feature_decoder=self._feature_decoder)
 
     def _take_in(self, fused: Fused, particle: Sample, guidance: float | None) -> int:
         """Handle of a fused sample, whose solver starts anew."""
@@ -594,14 +600,7 @@ class LatentEnvironment:
             SearchError: a sample is finished, or not evaluated.
             ConfigError: no maps are kept.
         """
-        samples = self._evaluated(handles)
-        maps = [sample.map for sample in samples if sample.map is not None]
-        if len(maps) < len(samples):
-            raise ConfigError(
-                f"{len(samples) - len(maps)} of {len(samples)} samples have no map of features: "
-                "make the environment with a tap that keeps one, FeatureTap.mapping(block)"
-            )
-        return self._samples.gather(maps)
+        return self._maps_of(self._evaluated(handles))
 
     @property
     def map_bytes(self) -> int:
@@ -805,6 +804,15 @@ class LatentEnvironment:
             ),
             guidances,
         )
+
+    def _maps_of(self, samples: Sequence[Sample]) -> Tensor:
+        maps = [sample.map for sample in samples if sample.map is not None]
+        if len(maps) < len(samples):
+            raise ConfigError(
+                f"{len(samples) - len(maps)} of {len(samples)} samples have no map of features: "
+                "make the environment with a tap that keeps one, FeatureTap.mapping(block)"
+            )
+        return self._samples.gather(maps)
 
     def _denoised_of(
         self, samples: Sequence[Sample], guidances: Sequence[float | None] | None = None

@@ -196,8 +196,8 @@ class InformationGainEvaluator(ModelMixin, ConfigMixin):
             self.check_features(features)
             seen = self.features(self._embed(features, source_log_snr))
             state = seen if is_typical is None else torch.where(is_typical[:, None], state, seen)
-        state = state + self.source(_waves(source_log_snr).to(state.dtype))
-        hidden = state[:, None] + self.target(_waves(target_log_snr).to(state.dtype))
+        state = state + self.source(waves(source_log_snr).to(state.dtype))
+        hidden = state[:, None] + self.target(waves(target_log_snr).to(state.dtype))
         for layer in self.layers:
             hidden = layer(hidden)
         gain, variance, similarity, error = self.head(self.norm(hidden)).unbind(-1)
@@ -469,9 +469,15 @@ class FeatureNorm(nn.Module):
         self, features: Float[Tensor, "batch channels"], log_snr: Float[Tensor, " batch"]
     ) -> Float[Tensor, "batch channels"]:
         """Standardised features, in single precision; far ones are held at 5 deviations."""
-        hats = _hats(log_snr.float(), self.log_snr.float())
-        mean, deviation = hats @ self.mean.float(), hats @ self.deviation.float()
+        mean, deviation = self.moments(log_snr)
         return ((features.float() - mean) / deviation).clamp(-_FAR, _FAR)
+
+    def moments(
+        self, log_snr: Float[Tensor, " batch"]
+    ) -> tuple[Float[Tensor, "batch channels"], Float[Tensor, "batch channels"]]:
+        """Mean and deviation at noise levels, in single precision."""
+        hats = _hats(log_snr.float(), self.log_snr.float())
+        return hats @ self.mean.float(), hats @ self.deviation.float()
 
     def fit(
         self, features: Float[Tensor, "states channels"], log_snr: Float[Tensor, " states"]
@@ -516,7 +522,7 @@ def _hats(
     return hats.scatter_(1, place[:, None], share[:, None])
 
 
-def _waves(log_snr: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch waves"]:
+def waves(log_snr: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch waves"]:
     """The number itself and its sines and cosines, from long to short (Vaswani et al., 2017)."""
     scaled = log_snr[..., None].float() / _LOG_SNR_SCALE
     frequencies = 2.0 ** torch.linspace(0, 6, _OCTAVES, device=log_snr.device)

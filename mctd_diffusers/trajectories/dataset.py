@@ -1,7 +1,7 @@
 """Reading a log of trajectories: everything but the latents, as arrays in memory, and checked.
 
 The latents are most of a log. They are read once, a few trajectories at a time, for what is made of
-them here: similarities, and the costs of jumps.
+them here: similarities, and the costs of jumps. Who learns from them reads them by themselves.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from jaxtyping import Float, Int
 
+from mctd_diffusers.denoising.scheduler_names import named_scheduler
+from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.trajectories.targets import final_similarity, jump_costs
 
@@ -27,6 +30,10 @@ _COLUMNS: Final = (
     *("index", "prompt", "seed", "family", "scheduler", "eta", "num_steps", "guidance_scale"),
     *("latent_shape", "timestep", "log_snr", "latents", "denoised", "value", "features"),
     *("final_latents", "reward"),
+)
+_OF_LATENTS: Final = (
+    *("index", "prompt", "scheduler", "num_steps", "guidance_scale", "latent_shape", "timestep"),
+    *("log_snr", "latents", "denoised"),
 )
 _NESTED: Final = {
     "jumps": ("step_index", "stride", "denoised", "truncation_error", "value"),
@@ -113,6 +120,30 @@ class Siblings(NamedTuple):
     state: Int[np.ndarray, " groups"]
     stride: Int[np.ndarray, " groups"]
     values: Float[np.ndarray, "groups siblings"]
+
+
+class LatentStates(NamedTuple):
+    """Evaluated states of a split with their latents, ``[states]``, trajectory by trajectory.
+
+    Attributes:
+        prompt: what was asked for.
+        latents: ``[states, *sample]``, float16, in variance-preserving units.
+        denoised: ``[states, *sample]`` guided denoised estimates, float16.
+        timestep: what the network was told.
+        log_snr: noise level.
+        guidance_scale: that the estimates were made under.
+    """
+
+    prompt: npt.NDArray[Any]
+    latents: npt.NDArray[np.float16]
+    denoised: npt.NDArray[np.float16]
+    timestep: Float[np.ndarray, " states"]
+    log_snr: Float[np.ndarray, " states"]
+    guidance_scale: Float[np.ndarray, " states"]
+
+    def take(self, kept: npt.NDArray[Any]) -> LatentStates:
+        """Some of the states, by a mask or by their rows."""
+        return LatentStates(*(column[kept] for column in self))
 
 
 @dataclass(frozen=True)
@@ -285,6 +316,80 @@ def read_jump_table(folder: str | Path, split: str = "train") -> JumpTable:
         levels,
     )
     return JumpTable(levels, cost)
+
+
+def read_latent_states(folder: str | Path, config: Mapping[str, Any]) -> dict[str, LatentStates]:
+    """Read the latents of a log's states and their denoised estimates, by split.
+
+    Latents are half of a log, so this takes four bytes for each of their numbers.
+
+    Args:
+        folder: of the log.
+        config: of the model's scheduler, of which those of the log were made.
+
+    Raises:
+        ConfigError: it is not the folder of a log; or a column is missing, a number is not finite,
+            samples differ in shape, or are of a scheduler that matches flows.
+    """
+    states: dict[str, LatentStates] = {}
+    for split, paths in _shards_of(Path(folder)).items():
+        for path in paths:
+            _check_columns(split, path)
+        parts = [
+            _latent_states(_Reader(split, table), config)
+            for path in paths
+            for table in _tables(path, _OF_LATENTS)
+        ]
+        shapes = {part.latents.shape[1:] for part in parts}
+        if len(shapes) != 1:
+            raise ConfigError(
+                f"split {split!r} holds samples of shapes {sorted(shapes)}: keep a log to one "
+                "size, and log at least one trajectory"
+            )
+        states[split] = LatentStates(*_columns(parts))
+    return states
+
+
+def _latent_states(read: _Reader, config: Mapping[str, Any]) -> LatentStates:
+    """States of a few trajectories."""
+    steps = read.flat("num_steps")
+    total, trajectory = int(steps.sum()), np.repeat(np.arange(len(steps)), steps)
+    row = np.arange(total)
+    shape = read.rows("latent_shape", len(steps))[0]
+    latents = read.rows("latents", total).astype(np.float32)
+    log_snr = read.flat("log_snr")[row + trajectory]
+    schedulers = read.texts("scheduler")
+    for name in np.unique(schedulers).tolist():
+        if not _preserves_variance(name, config):
+            same = (schedulers == name)[trajectory]
+            latents[same] *= np.exp(-np.logaddexp(0, -log_snr[same]) / 2)[:, None]
+    return LatentStates(
+        prompt=read.texts("prompt")[trajectory],
+        latents=latents.astype(np.float16).reshape(-1, *shape),
+        denoised=read.rows("denoised", total).reshape(-1, *shape),
+        timestep=read.flat("timestep"),
+        log_snr=log_snr,
+        guidance_scale=read.flat("guidance_scale")[trajectory],
+    )
+
+
+def _preserves_variance(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether samples of a scheduler do, or else hold clean latents by a factor of 1.
+
+    Raises:
+        ConfigError: they do neither, as those that match flows.
+    """
+    scheduler = named_scheduler(name, config).scheduler
+    scheduler.set_timesteps(2)
+    stepper = Stepper(scheduler)
+    scale = stepper.variance_preserving(torch.ones(1, 1), 0).squeeze()
+    explodes = torch.isclose(scale, stepper.log_snr[0].sigmoid().sqrt())
+    if scale != 1 and not explodes:
+        raise ConfigError(
+            f"samples of {name} neither preserve variance nor hold clean latents by a factor of 1: "
+            "log trajectories of another scheduler, such as DDIM or Euler"
+        )
+    return bool(scale == 1)
 
 
 # --- shards

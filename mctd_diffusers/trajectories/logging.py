@@ -172,11 +172,12 @@ def check_log(pipe: MCTDPipeline, settings: LogSettings) -> None:
 def open_shard(pipe: MCTDPipeline, settings: LogSettings, shard: Shard) -> World:
     """The world of a shard's trajectories, over the fine schedule."""
     named = named_scheduler(shard.scheduler, pipe.scheduler.config)
+    eta: dict[str, Any] = {"eta": named.eta} if named.eta else {}  # not all pipelines take one
     return pipe.open_world(
         [settings.prompts[prompt] for prompt in shard.prompts],
         num_inference_steps=shard.num_steps * shard.refinement,
         guidance_scale=settings.guidance_scale,
-        **({"eta": named.eta} if named.eta else {}),  # not all pipelines take one
+        **eta,
         generator=[torch.Generator().manual_seed(seed) for seed in shard.seeds],
         search_scheduler=named.scheduler,
         rows_per_call=settings.rows_per_call,
