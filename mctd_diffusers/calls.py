@@ -328,6 +328,12 @@ def check_latents(stock: dict[str, Any], shape: Sequence[int]) -> None:
         )
 
 
+def decoder_channels(config: Mapping[str, Any]) -> int | None:
+    """Channels of latents that an autoencoder decodes, by its config; ``None`` if it is mute."""
+    given: int | None = config.get("latent_channels", config.get("z_dim"))
+    return given
+
+
 def num_prompts(stock: dict[str, Any]) -> int:
     """How many prompts a call has, before ``num_images_per_prompt``."""
     if stock["prompt"] is None:

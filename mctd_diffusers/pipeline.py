@@ -55,7 +55,9 @@ from mctd_diffusers.calls import (
     check_save_every,
     check_stock,
     configured_strategy,
+    decoder_channels,
     digest_of_head,
+    nfe_allowed,
     plain_sample_of,
     reward_prompts_of,
     stride_parts_of,
@@ -124,6 +126,7 @@ from mctd_diffusers.saved_calls import (
     restored_world,
     saved_arguments,
 )
+from mctd_diffusers.search.budget import Budget
 from mctd_diffusers.search.environment import (
     FIRST_DRAW,
     REJECTED,
@@ -134,7 +137,14 @@ from mctd_diffusers.search.environment import (
     Seeds,
 )
 from mctd_diffusers.search.log import SearchLog
-from mctd_diffusers.search.runner import Finished, SearchResult, Strategy, Wave, run_search
+from mctd_diffusers.search.runner import (
+    Finished,
+    SearchResult,
+    Strategy,
+    Wave,
+    check_budget,
+    run_search,
+)
 from mctd_diffusers.search.saving import load_search
 from mctd_diffusers.search.seeding import root_seed_of
 from mctd_diffusers.search.strategies import STRATEGIES, BestOfN
@@ -822,6 +832,9 @@ class MCTDPipeline(DiffusionPipeline):
             half_latents=options.half_latents,
         )
         if options.cost_budget is not None:
+            nfe = nfe_allowed(options, stepper.num_steps, stepper.calls_per_step)
+            # What rows alone cost is known before anything is measured.
+            check_budget(strategy, world.problems(Budget(nfe, options.cost_budget))[0])
             world = replace(world, prices=world.measure_prices())
         return world, strategy
 
@@ -1104,6 +1117,32 @@ class MCTDPipeline(DiffusionPipeline):
         with as_config_errors():
             self._check_inputs(stock)
         check_latents(stock, self._latent_shape(stock))
+        self._check_denoiser()
+
+    def _check_denoiser(self) -> None:
+        """Refuse a denoiser that the decoders do not fit, or that is in half precision on a CPU."""
+        denoiser = next((part for part in self._denoisers if part is not None), None)
+        for name in ("vae", "preview_vae"):
+            config = getattr(getattr(self, name, None), "config", {})
+            given, wanted = decoder_channels(config), self._latent_channels
+            if None not in (given, wanted) and given != wanted:
+                raise ConfigError(
+                    f"the {name} decodes latents of {given} channels, and the "
+                    f"{type(denoiser).__name__} denoises latents of {wanted}: load the {name} of "
+                    "the same model"
+                )
+        on_cpu = self._execution_device.type == "cpu"
+        if on_cpu and getattr(denoiser, "dtype", None) == torch.float16:
+            raise ConfigError(
+                f"the {type(denoiser).__name__} is in float16 on the CPU, which diffusers supports "
+                "on accelerators alone: pipe.to(dtype=torch.float32), or bfloat16, or move the "
+                "pipeline to an accelerator"
+            )
+
+    @property
+    def _denoisers(self) -> list[Any]:
+        """The component that denoises, under any of its names."""
+        return [getattr(self, name, None) for name in ("unet", "transformer")]
 
     def _check_inputs(self, stock: dict[str, Any]) -> None:
         """Check by the stock ``check_inputs``; what it is not given it looks for nowhere."""
@@ -1134,6 +1173,11 @@ class MCTDPipeline(DiffusionPipeline):
         raise NotImplementedError
 
     # What a family may say of it
+
+    @property
+    def _latent_channels(self) -> int | None:
+        """Channels of latents as decoders take them; ``None`` where that is not checked."""
+        return None
 
     def _default_rows_per_call(self, stock: dict[str, Any]) -> int:
         """Latents in a call: 8 of up to 4096 numbers on a CPU, else 1; elsewhere 8 times that."""

@@ -51,6 +51,10 @@ class UNetFamily(MCTDPipeline):
         rows, columns = (stock[side] // self.vae_scale_factor for side in ("height", "width"))
         return images, self.unet.config.in_channels, rows, columns
 
+    @property
+    def _latent_channels(self) -> int:
+        return int(self.unet.config.in_channels)
+
     def _feature_channels(self) -> dict[str, int]:
         """Two of each block's channels, as `FeatureTap` reads them, and three of the latents'."""
         channels = self.unet.config.block_out_channels

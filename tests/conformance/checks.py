@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,17 +21,21 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from mctd_diffusers.callbacks import TENSOR_INPUTS
-from mctd_diffusers.errors import ConfigError, SearchError
+from mctd_diffusers.errors import BudgetError, ConfigError, SearchError
 from mctd_diffusers.families.parts import call_by_names
-from mctd_diffusers.pipeline import MCTDPipeline
+from mctd_diffusers.hub import push_folder
+from mctd_diffusers.pipeline import FAMILIES, MCTDPipeline, family_class
 from tests.conformance.not_applicable import NOT_APPLICABLE
 from tests.pipelines import tiny
 from tests.pipelines.family_tests import counted_rows, seeded
+from tests.pipelines.hub import HubServer
 
+ROOT = Path(__file__).parents[2]
 STEPS = 2
 PROMPTS = ["a red cat", "two dogs", "a blue hat"]
 CALLS: dict[str, dict[str, Any]] = {
@@ -338,7 +344,86 @@ class ConformanceChecks:
     def denoiser_of(cls, pipe: Any) -> str:
         return "unet" if "unet" in pipe.components else "transformer"
 
+    # Refusals, all before the first call of the network
+
+    def refused(self, pipe: Any, error: type[Exception], complaint: str, **given: Any) -> None:
+        """A search that cannot work says why, and calls nothing."""
+        denoiser = pipe.components[self.denoiser_of(pipe)]
+        with counted_rows(denoiser) as rows, pytest.raises(error, match=complaint):
+            self.run(pipe, **{"search": "mctd", **given})
+        assert not rows()
+
+    def test_another_family_is_refused(self, stock: Any, folder: Path) -> None:
+        others = [name for name in sorted(FAMILIES) if name != self.name]
+        for other in map(family_class, others[:2]):
+            complaint = f"{other.__name__} searches no {self.name}: use MCTDPipeline"
+            with pytest.raises(ConfigError, match=complaint):
+                other.from_pipe(stock)
+            with pytest.raises(ConfigError, match=complaint):
+                other.from_pretrained(folder)
+
+    def test_a_missing_component_is_refused(self, stock: Any) -> None:
+        for name in (self.denoiser_of(stock), "vae", "scheduler"):
+            with pytest.raises(ConfigError, match=f"takes a {name}, and there is none: pass "):
+                MCTDPipeline.from_pipe(stock, **{name: None})
+            pipe = self.make_pipe(self.with_parts(stock))
+            setattr(pipe, name, None)
+            with pytest.raises(ConfigError, match=f"the pipeline has no {name}: load it with "):
+                self.run(pipe, search="mctd")
+
+    def test_a_decoder_of_other_latents_is_refused(self) -> None:
+        pipe = self.make_pipe()
+        wide = tiny.make_preview_vae()
+        wide.register_to_config(latent_channels=5)
+        complaint = r"the preview_vae decodes latents of 5 channels, and the \w+ denoises .* of 4:"
+        pipe.preview_vae = wide
+        self.refused(pipe, ConfigError, complaint)
+        pipe.preview_vae = None
+        pipe.vae.register_to_config(latent_channels=7, z_dim=7)
+        self.refused(pipe, ConfigError, "the vae decodes latents of 7 channels")
+
+    def test_half_precision_on_a_cpu_is_refused(self) -> None:
+        pipe = self.make_pipe().to(torch.float16)
+        self.refused(pipe, ConfigError, "is in float16 on the CPU.*float32")
+
+    def test_a_budget_that_finishes_nothing_is_refused(self, pipe: Any) -> None:
+        for budget, least in (
+            ({"compute": 0.4}, "less than one NFE"),
+            ({"nfe_budget": 1}, "a budget of 1 NFE cannot finish one sample.*at least 2 NFE"),
+            ({"cost_budget": 1.5}, "a cost budget of 1.5 .* cannot finish one sample"),
+        ):
+            self.refused(pipe, BudgetError, least, **{"compute": None, **budget})
+
     # Components and folders
+
+    @pytest.fixture
+    def code_cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """A cache of its own for code, since files of one name are one module of the process."""
+        monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        for name in [name for name in sys.modules if name.startswith("diffusers_modules")]:
+            monkeypatch.delitem(sys.modules, name)
+
+    @pytest.mark.usefixtures("code_cache")
+    @pytest.mark.parametrize("place", ["file", "folder", "repository"])
+    def test_the_file_of_a_family_opens_a_folder_of_it(
+        self, folder: Path, hub: HubServer, tmp_path: Path, place: str
+    ) -> None:
+        module, family = FAMILIES[self.name].split(":")
+        source = str(ROOT / "pipelines" / f"{module.rsplit('.', maxsplit=1)[-1]}.py")
+        if place != "file":
+            code = tmp_path / "code"
+            code.mkdir()
+            shutil.copy(source, code / "pipeline.py")
+            source = str(code)
+        if place == "repository":
+            push_folder(source, "somebody/code", token="write-token", card=None)
+            source = "somebody/code"
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, custom_pipeline=source, trust_remote_code=True, reward_model=tiny.redness
+        )
+        assert type(pipe).__name__ == family
+        assert pipe.reward_model is tiny.redness
 
     @with_and_without_search
     def test_components_make_another_pipeline(

@@ -20,7 +20,6 @@ from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.rewards.clip import ClipReward
 from tests.pipelines import tiny
 
-ROOT = Path(__file__).parents[2]
 CALL = {"num_inference_steps": 2, "output_type": "pt"}
 
 
@@ -263,17 +262,6 @@ def test_a_head_reads_the_features_that_a_search_gives(stock: Any) -> None:
     features = world.environment.features(handles)
     given = {name: rows.shape[-1] for name, rows in features.items()}
     assert given == pipe._feature_channels()
-
-
-def test_the_community_pipeline_file_opens_as_ours(saved: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(
-        saved,
-        custom_pipeline=str(ROOT / "pipelines" / "stable_diffusion.py"),
-        trust_remote_code=True,
-        reward_model=tiny.redness,
-    )
-    assert isinstance(pipe, MCTDPipeline)
-    assert pipe.reward_model is tiny.redness
 
 
 # Wrapping

@@ -282,28 +282,6 @@ def test_wrapping_keeps_every_dtype() -> None:
     assert stock.vae.dtype == torch.float32
 
 
-def test_the_wrong_family_is_refused(tmp_path: Any, stock: Any) -> None:
-    other = tiny.make_stock()
-    other.save_pretrained(tmp_path)
-    complaint = "MCTDStableDiffusionXLPipeline searches no StableDiffusionPipeline: .*MCTDPipeline"
-    for load in (
-        lambda: MCTDStableDiffusionXLPipeline.from_pretrained(tmp_path),
-        lambda: MCTDStableDiffusionXLPipeline.from_pipe(other),
-    ):
-        with pytest.raises(ConfigError, match=complaint):
-            load()
-
-
-@pytest.mark.parametrize("name", ["unet", "vae", "scheduler"])
-def test_a_missing_component_is_named(name: str) -> None:
-    pipe = MCTDPipeline.from_pipe(tiny_xl.make_stock(), reward_model=tiny.redness)
-    setattr(pipe, name, None)
-    with pytest.raises(ConfigError, match=f"the pipeline has no {name}: load it with {name}="):
-        pipe("a red cat", **CALL)
-    with pytest.raises(ConfigError, match=f"takes a {name}, and there is none: pass {name}="):
-        MCTDPipeline.from_pipe(tiny_xl.make_stock(), **{name: None})
-
-
 def test_a_prompt_and_its_embeddings_are_refused_as_by_the_stock_pipeline(
     stock: Any, pipe: Any
 ) -> None:
