@@ -262,19 +262,46 @@ def test_two_processes_train_one_head(log: Path, tmp_path: Path) -> None:
 # --- mctd train-ige
 
 
-def test_the_command_launches_the_script_and_passes_its_options_on(
-    log: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "head"
+@pytest.fixture
+def launched_here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Runs in this process what the command launches; returns what comes before the script."""
+    launches: list[list[str]] = []
+
+    class Here:
+        def __init__(self, command: list[str]) -> None:
+            place = next(i for i, word in enumerate(command) if word.endswith("train_ige.py"))
+            launches.append(command[:place])
+            self.arguments = command[place:]
+
+        def __enter__(self) -> Here:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            reset()
+
+        def wait(self) -> int:
+            reset()
+            monkeypatch.setattr(sys, "argv", self.arguments)
+            try:
+                runpy.run_path(self.arguments[0], run_name="__main__")
+            except SystemExit as end:  # as the interpreter does
+                print(end, file=sys.stderr)
+                return 1
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Here)
+    return launches
+
+
+def assert_the_command_passes_its_options_on(log: Path, output: Path) -> None:
     options = ["--max_train_steps", "2", "--hidden-size", "16", "--seed=3"]
     assert main(["train-ige", str(log), "--output", str(output), *options]) == 0
     head = InformationGainEvaluator.from_pretrained(output)
     assert head.config["hidden_size"] == 16
     assert "--max_train_steps 2 --hidden-size 16 --seed=3" in (output / "README.md").read_text()
-    assert "Traceback" not in capfd.readouterr().err
 
 
-def test_the_command_says_what_is_wrong_and_fails(
+def assert_the_command_says_what_is_wrong(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train-ige", str(tmp_path / "nowhere"), "--output", str(tmp_path)]) == 1
@@ -282,3 +309,28 @@ def test_the_command_says_what_is_wrong_and_fails(
     assert "train_ige: " in said
     assert "nowhere' is no folder" in said
     assert "Traceback" not in said
+
+
+def test_the_command_passes_its_options_on(
+    log: Path, tmp_path: Path, launched_here: list[list[str]]
+) -> None:
+    assert_the_command_passes_its_options_on(log, tmp_path / "head")
+    ((python, *launcher),) = launched_here
+    assert python == sys.executable
+    assert launcher[:2] == ["-m", "accelerate.commands.launch"]
+
+
+def test_the_command_says_what_is_wrong_and_fails(
+    tmp_path: Path, launched_here: list[list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert_the_command_says_what_is_wrong(tmp_path, capfd)
+    assert len(launched_here) == 1
+
+
+@pytest.mark.slow
+def test_the_command_launches_the_script(
+    log: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert_the_command_passes_its_options_on(log, tmp_path / "head")
+    assert "Traceback" not in capfd.readouterr().err
+    assert_the_command_says_what_is_wrong(tmp_path, capfd)
