@@ -7,6 +7,7 @@ these files is a change of what searches do: look at it as a diff.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,13 +35,16 @@ SEARCHES: Final[dict[str, Strategy]] = {
     "dts": DTS(temperature=0.5, widening_constant=1.0, widening_exponent=0.5, wave_size=2),
     "evolution": Evolution(elites=2),
     "mctd": MCTD(),
+    "mctd_third_moves": MCTD(
+        third_moves=("fuse", "go_back", "resample"), num_particles=3, max_inconsistency=math.inf
+    ),
     "textbook_mctd": TextbookMCTD(guidances=(None, None), depth=2, wave_size=2),
     "noise_search": NoiseSearch(candidates=2),
     "rollover": Rollover(),
     "smc": SMC(),
 }
 """Name of a golden tree -> its search, with the settings that a user gets by that name."""
-GUIDED: Final = {"mctd"}
+GUIDED: Final = {"mctd", "mctd_third_moves"}
 """Searches that do more where guidance can be chosen."""
 NUM_STEPS: Final = 4
 NFE: Final = {
@@ -50,6 +54,7 @@ NFE: Final = {
     "dts": 30,
     "evolution": 24,
     "mctd": 22,
+    "mctd_third_moves": 48,
     "textbook_mctd": 24,
     "noise_search": 16,
     "rollover": 22,

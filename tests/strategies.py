@@ -144,6 +144,19 @@ mctds = st.builds(
     finish=st.integers(1, 3),
     backup=st.sampled_from(("max", "mean", "soft")),
 )
+mctds_with_third_moves = st.builds(
+    partial(built, MCTD),
+    strides=st.sampled_from(((1,), (1, 2, 4))),
+    first_share=st.sampled_from((0.2, 0.5)),
+    wave_size=st.integers(1, 3),
+    backup=st.sampled_from(("max", "soft")),
+    third_moves=st.sampled_from((("fuse",), ("go_back",), ("resample", "go_back", "fuse"))),
+    fusion=st.sampled_from(("x0", "noise", "mean", "resample")),
+    fuse_after=st.integers(2, 4),
+    num_particles=st.integers(2, 4),
+    third_share=st.sampled_from((0.5, 1.0)),
+    max_inconsistency=st.sampled_from((1.5, float("inf"))),
+)
 noise_searches = st.builds(
     partial(built, NoiseSearch),
     method=st.sampled_from(("random", "zero_order", "eps_greedy")),
@@ -204,6 +217,7 @@ searches = (
     | dtss
     | evolutions
     | mctds
+    | mctds_with_third_moves
     | noise_searches
     | rollovers
     | smcs

@@ -25,10 +25,10 @@ def test_the_tree_is_the_one_that_was_recorded(name: str) -> None:
 
 
 def test_every_strategy_has_its_tree_and_every_tree_its_strategy() -> None:
-    assert SEARCHES.keys() == STRATEGIES.keys()
+    assert {search.name for search in SEARCHES.values()} == STRATEGIES.keys()
     assert {path.stem for path in FOLDER.glob("*.json")} == SEARCHES.keys()
     for name, strategy in SEARCHES.items():
-        assert strategy.name == name
+        assert name.startswith(strategy.name)
 
 
 @pytest.mark.parametrize("name", SEARCHES)

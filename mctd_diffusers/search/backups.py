@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from mctd_diffusers.search.environment import Values
-from mctd_diffusers.search.tree import NO_PARENT, Tree, path_to_root
+from mctd_diffusers.search.tree import FUSE, NO_PARENT, Tree, path_to_root
 
 
 @runtime_checkable
@@ -47,7 +47,8 @@ def soft_values(tree: Tree, temperature: float) -> Values:
 
     ``V = lambda log mean_children exp(V_child / lambda)``, every visited child counting once:
     weights by visits would be biased, since selection is adaptive. A node with no visited child is
-    worth the mean of what was backed up from itself.
+    worth the mean of what was backed up from itself. Fused children are none of the sampler's, so
+    they do not count; where there are no others, the mean stands too.
 
     Args:
         tree: the search tree.
@@ -61,7 +62,8 @@ def soft_values(tree: Tree, temperature: float) -> Values:
     rows = np.flatnonzero(tree.visit_count > 0)
     order = rows[np.lexsort((tree.parent[rows], tree.depth[rows]))]
     levels = np.split(order, np.flatnonzero(np.diff(tree.depth[order])) + 1)
-    for level in reversed(levels):
+    for rows in reversed(levels):
+        level = rows[tree.move[rows] != FUSE]
         parents = tree.parent[level]
         if not level.size or parents[0] == NO_PARENT:
             continue
@@ -106,11 +108,14 @@ class SoftValues:
         path = path_to_root(tree, leaf)
         values[leaf] = tree.total_value[leaf] / tree.visit_count[leaf]
         for node in path[1:]:
-            children = tree.children(node)
-            if len(children) == 1:
+            children = np.array(tree.children(node))
+            children = children[tree.move[children] != FUSE]
+            if np.isnan(values[children]).all():
+                values[node] = tree.total_value[node] / tree.visit_count[node]
+            elif len(children) == 1:
                 values[node] = values[children[0]]
             else:
-                values[node] = _soft_mean(values[list(children)], self.temperature)
+                values[node] = _soft_mean(values[children], self.temperature)
 
     def of(self, nodes: Sequence[int]) -> Values:
         """``[nodes]`` in reward units; NaN where nothing was backed up."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.search.bandit import MoveMade
 from mctd_diffusers.search.budget import NOTHING, REWARD_SPENDS, VALUE_SPENDS, Account, Budget
 from mctd_diffusers.search.environment import Counts, Prices
 from mctd_diffusers.search.tree import Tree
@@ -34,6 +35,7 @@ class Problem:
             ``None`` where no policy needs them.
         tree: the search tree, empty but for its root.
         account: what is spent and what is left; the runner keeps it up to date.
+        moves_made: what a search that chooses among kinds of moves made, in order.
     """
 
     index: int
@@ -51,6 +53,7 @@ class Problem:
     stride_costs: tuple[tuple[float, ...], ...] | None = None
     tree: Tree = field(init=False, compare=False, repr=False)
     account: Account = field(init=False, compare=False, repr=False)
+    moves_made: list[MoveMade] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -67,6 +70,7 @@ class Problem:
         )
         object.__setattr__(self, "tree", Tree(self.root_seed))
         object.__setattr__(self, "account", account)
+        object.__setattr__(self, "moves_made", [])
 
 
 def _check_stride_costs(costs: tuple[tuple[float, ...], ...], num_steps: int) -> None:

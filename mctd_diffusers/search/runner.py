@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mctd_diffusers.errors import BudgetError, ConfigError, SearchError
+from mctd_diffusers.search.bandit import MoveMade
 from mctd_diffusers.search.budget import StopReason
 from mctd_diffusers.search.environment import (
     Action,
@@ -147,6 +148,7 @@ class SearchResult:
         history: ``(nfe, best reward so far)`` at every sample that was better than those before.
         replies: the log of replies; :func:`replay` rebuilds the search from it.
         error: what ended it, where ``stop_reason`` is ``"error"`` and it was this image's own.
+        moves_made: kinds of moves that the strategy chose, in order, where it chooses among them.
     """
 
     strategy: str
@@ -158,6 +160,7 @@ class SearchResult:
     history: list[tuple[int, float]]
     replies: list[Reply]
     error: SearchError | None = None
+    moves_made: Sequence[MoveMade] = ()
 
     @property
     def best(self) -> Finished | None:
@@ -505,6 +508,7 @@ class _Image:
             history=self.history,
             replies=self.replies,
             error=self.error,
+            moves_made=self.problem.moves_made,
         )
 
     def _complete_first(self, reason: StopReason) -> Asks:

@@ -26,13 +26,18 @@ Then, until the budget is spent:
 3. evaluate: finished samples are decoded in full and scored;
 4. back up: every reward is added along its path. The visits of a node are the backups through it,
    whatever the wave.
+
+With ``third_moves`` a share of the coarse rollouts, and any wave but the first, may begin
+elsewhere: at what several samples fuse into, at the best sample noised again, or at one drawn by
+weight, see ``third_moves.py``. A bandit chooses by what each kind of move gained for its cost.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
@@ -62,6 +67,7 @@ from mctd_diffusers.search.selection import (
     uct_scores,
 )
 from mctd_diffusers.search.settings import check_setting
+from mctd_diffusers.search.strategies.third_moves import OpenMove, Proposal, ThirdMoves
 from mctd_diffusers.search.stride_policies import (
     Costs,
     StrideChoice,
@@ -129,6 +135,20 @@ class MCTD:
             made (widening a node later adds to it), which keeps selection on the data manifold.
         backup: what a node is worth: the ``"max"``, ``"mean"`` or ``"soft"`` of rewards below it.
         temperature: of the soft backup, in reward units.
+        third_moves: where rollouts may begin but where selection says: ``"fuse"``, ``"go_back"``,
+            ``"resample"``.
+        fusion: method of ``"fuse"``, a name in ``denoising.fusion.FUSIONS``.
+        fuse_after: children of a node that make a fusion of them due. Fusions of samples across the
+            tree wait for none; in small budgets there are no others.
+        num_particles: most that are fused into one sample.
+        particle_temperature: of the particles' weights, in standard deviations of their scores.
+        third_levels: shares of the schedule between which rollouts of third moves may begin.
+        third_share: share of the coarse rollouts for which a bandit chooses where they begin.
+        third_exploration: weight of the UCB bonus of that bandit, and of the one of the waves.
+        max_inconsistency: most that the denoiser may move a fused estimate by, in units of what it
+            moved the typical particle's by; infinity asks nothing.
+        fused_prior: what a fused node is worth before its first visit, the ``"weighted"`` or the
+            ``"plain"`` mean of its particles.
     """
 
     candidates: int | None = None
@@ -150,6 +170,16 @@ class MCTD:
     brake_nats: float = 30.0
     backup: Literal["max", "mean", "soft"] = "max"
     temperature: float = 1.0
+    third_moves: tuple[str, ...] = ()
+    fusion: str = "x0"
+    fuse_after: int = 10
+    num_particles: int = 8
+    particle_temperature: float = 1.0
+    third_levels: tuple[float, float] = (0.0, 0.75)
+    third_share: float = 0.5
+    third_exploration: float = 0.5
+    max_inconsistency: float = 1.5
+    fused_prior: Literal["weighted", "plain"] = "weighted"
 
     def __post_init__(self) -> None:
         if self.candidates is not None:
@@ -163,6 +193,7 @@ class MCTD:
             "first_share",
             "branch_eta",
             "widening_exponent",
+            "third_share",
         ):
             check_setting(name, getattr(self, name), 0, 1)
         for name in (
@@ -191,6 +222,9 @@ class MCTD:
                 f"stride_policy is {self.stride_policy!r} and strides are {self.strides}; give "
                 "strides that hold it."
             )
+        for name in ("third_moves", "third_levels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._third.check()
 
     @property
     def name(self) -> str:
@@ -210,6 +244,25 @@ class MCTD:
         """What chooses the strides of greedy rollouts."""
         return parse_stride_policy(self.stride_policy, target="resolved_variance", plans=True)
 
+    @property
+    def fusion_method(self) -> str | None:
+        """Method of its fusions; ``None`` where it fuses no samples."""
+        return self.fusion if "fuse" in self.third_moves else None
+
+    @cached_property
+    def _third(self) -> ThirdMoves:
+        return ThirdMoves(
+            moves=self.third_moves,
+            fusion=self.fusion,
+            fuse_after=self.fuse_after,
+            num_particles=self.num_particles,
+            temperature=self.particle_temperature,
+            levels=self.third_levels,
+            max_inconsistency=self.max_inconsistency,
+            prior=self.fused_prior,
+            exploration=self.third_exploration,
+        )
+
     def stride_set(self, num_steps: int) -> tuple[int, ...]:
         """The strides without those that leave the data; `Problem.stride_costs` must be of them."""
         return tuple(k for k in self.strides if k == 1 or 4 * k <= num_steps)
@@ -218,8 +271,8 @@ class MCTD:
         """Waves of simulations until the budget pays for none."""
         check_costs(problem.stride_costs, self.policy, self.stride_set(problem.num_steps))
         seeds = yield from self._seed(problem)
-        yield from self._finish_coarsely(problem, seeds)
-        start = _most_promising(problem.tree, seeds) if seeds else ROOT
+        others = yield from self._finish_coarsely(problem, seeds)
+        start = _most_promising(problem.tree, [*others, *seeds]) if seeds else ROOT
         wave = self._first_wave(problem, start) or self._first_wave(problem, ROOT)
         if not wave:
             if not seeds:  # the account pays for a sample, not for valuing to choose it by
@@ -227,6 +280,7 @@ class MCTD:
                 back_up(problem, (yield from finish_plainly(problem, nodes)))
             return "budget"
         standard: _Standard | None = None
+        move: OpenMove | None = None
         while wave:
             for node, _ in wave:
                 add_virtual_visit(problem.tree, node)
@@ -238,7 +292,12 @@ class MCTD:
             for leaves in finished:
                 back_up(problem, leaves)
             standard = standard or _standard(problem.tree, *wave[0], leaf=finished[0][0])
-            wave = self._select_wave(problem, standard)
+            if move is not None:
+                move.close()
+            if not self.third_moves:
+                wave = self._select_wave(problem, standard)
+            else:
+                wave, move = yield from self._choose_wave(problem, standard)
         return "budget"
 
     # ---- 0. seeds and coarse rollouts
@@ -278,9 +337,13 @@ class MCTD:
         return count if count > 1 else 0
 
     def _finish_coarsely(self, problem: Problem, seeds: list[int]) -> Asks:
-        """Finish the best seeds in few plain strides, and back them up."""
+        """Finish the best seeds in few plain strides, and back them up.
+
+        Returns:
+            What third moves went on from in the place of seeds.
+        """
         if not seeds:
-            return
+            return []
         account = problem.account
         strides = self._coarse_strides(problem)
         share = self.coarse_share / (1 - self.seed_share) if self.seed_share < 1 else 1.0
@@ -290,10 +353,63 @@ class MCTD:
             most = min(most, int(min(share, 1.0) * account.evaluations_left) // evaluations)
         count = account.affordable(account.price(evaluations=evaluations, rewards=1), max(most, 1))
         best = [seeds[i] for i in best_first(problem.tree.value[seeds])[:count]]
-        if best:
-            guidance = self._guidance(problem, self.rollout_guidance)
-            leaves = yield from finish(problem, best, strides=strides, guidance=guidance)
-            back_up(problem, leaves)
+        if not best:
+            return []
+        chosen = len(best)
+        if self.third_moves:
+            chosen = max(1, chosen - int(self.third_share * chosen))
+        yield from self._finish_alike(problem, best[:chosen])
+        if chosen == len(best):
+            return []
+        paid = (len(best) - chosen) * max(evaluations, 1)
+        others: list[int] = yield from self._finish_by_bandit(problem, best[chosen:], paid)
+        return others
+
+    def _finish_by_bandit(self, problem: Problem, seeds: list[int], evaluations: int) -> Asks:
+        """Coarse rollouts by so many evaluations, begun where a bandit says; returns third ones."""
+        account, third = problem.account, self._third
+        end = account.spent.nfe + evaluations * account.calls_per_step
+        longest = len(coarsest_strides(problem.num_steps, self.stride_set(problem.num_steps)))
+        others: list[int] = []
+        while account.spent.nfe < end:
+            move = OpenMove(problem)
+            count = self.wave_size
+            proposals = [
+                proposal
+                for proposal in third.propose(problem, count, self._backup_fn)
+                if third.affords(problem, proposal, count * longest)
+            ]
+            proposal = third.choose(problem, proposals)
+            if proposal is not None:
+                move.made = yield from third.make(problem, proposal, self._fusing_guidance(problem))
+                nodes = move.made.nodes
+                others += nodes
+            else:
+                nodes, seeds = tuple(seeds[:count]), seeds[count:]
+                price = account.price(evaluations=longest * len(nodes), rewards=len(nodes))
+                if not nodes or not account.affords(price):
+                    break
+            yield from gather(
+                *(
+                    self._finish_alike(problem, alike, redraws=move.made.move == "resample")
+                    for alike in _by_step_index(problem.tree, nodes)
+                )
+            )
+            move.close()
+        return others
+
+    def _finish_alike(self, problem: Problem, nodes: list[int], *, redraws: bool = False) -> Asks:
+        """Finish nodes of one step index in few strides, of which the first may draw noise."""
+        left = problem.num_steps - int(problem.tree.step_index[nodes[0]])
+        strides = coarsest_strides(left, self.stride_set(problem.num_steps))
+        etas = [self.branch_eta if redraws else None, *[None] * (len(strides) - 1)]
+        guidance = self._guidance(problem, self.rollout_guidance)
+        leaves = yield from finish(problem, nodes, strides=strides, etas=etas, guidance=guidance)
+        back_up(problem, leaves)
+
+    def _fusing_guidance(self, problem: Problem) -> float | None:
+        """The guidance of estimates that are fused: as they are valued."""
+        return self._guidance(problem, self.value_guidance)
 
     def _coarse_strides(self, problem: Problem) -> tuple[int, ...]:
         """The strides of a coarse rollout from a seed."""
@@ -350,6 +466,52 @@ class MCTD:
                 return wave
         return []
 
+    def _choose_wave(self, problem: Problem, standard: _Standard) -> Asks:
+        """A wave from where third moves lead, if the bandit says so; else an ordinary one."""
+        third, move = self._third, OpenMove(problem)
+        proposals = third.propose(problem, self.wave_size, self._backup_fn)
+        proposal = third.choose(problem, self._affordable(problem, proposals))
+        wave: list[tuple[int, Plan]] = []
+        if proposal is None:
+            wave = self._select_wave(problem, standard)
+            due = third.due(problem, [node for node, _ in wave], self._backup_fn)
+            if due is None or not self._affordable(problem, [due]):
+                return wave, move
+            proposal = due
+        move.made = yield from third.make(problem, proposal, self._fusing_guidance(problem))
+        wave = self._plan_wave(problem, move.made.nodes, standard)
+        if not wave:
+            move.close()
+            wave, move = self._select_wave(problem, standard), OpenMove(problem)
+        return wave, move
+
+    def _affordable(self, problem: Problem, proposals: list[Proposal]) -> list[Proposal]:
+        """Those that leave something to go on with."""
+        left = self._evaluations_left(problem, self.wave_size)
+        return [
+            proposal
+            for proposal in proposals
+            if left >= 2 * self.wave_size and self._third.affords(problem, proposal, self.wave_size)
+        ]
+
+    def _plan_wave(
+        self, problem: Problem, nodes: tuple[int, ...], standard: _Standard
+    ) -> list[tuple[int, Plan]]:
+        """Rollouts from given nodes, as :meth:`_select_wave` plans its own."""
+        left = self._evaluations_left(problem, self.wave_size)
+        share = math.ceil(self.first_share * left)
+        for count in range(len(nodes), 0, -1):
+            for least, evaluations in ((standard.candidates, share), (2, left)):
+                goal = standard._replace(candidates=least)
+                wave = [
+                    (node, plan)
+                    for node in nodes[:count]
+                    if (plan := self._standard_plan(problem, node, goal, evaluations // count))
+                ]
+                if wave:
+                    return wave
+        return []
+
     def _select(
         self, problem: Problem, standard: _Standard, evaluations: int
     ) -> tuple[int, Plan] | None:
@@ -398,6 +560,9 @@ class MCTD:
     def _scores(self, tree: Tree, siblings: list[int]) -> Values:
         """UCT of stored siblings; their evaluation counts as a first look."""
         worth = calibrated(tree.value[siblings], self._backup_fn(tree, siblings))
+        for place, node in enumerate(siblings):
+            if tree.visit_count[node] == 0 and tree.fusion_of(node) is not None:
+                worth[place] = self._third.prior_of(tree, node, self._backup_fn)
         worth = np.where(np.isnan(worth), np.nanmin(worth, initial=np.inf), worth)
         worth = np.where(np.isfinite(worth), worth, 0.0)
         return uct_scores(
@@ -538,8 +703,16 @@ def _standard(tree: Tree, start: int, plan: Plan, *, leaf: int) -> _Standard:
 
 
 def _most_promising(tree: Tree, seeds: list[int]) -> int:
-    """The seed with the best reward below it, or if there is none, with the best value."""
+    """The node with the best reward below it, or if there is none, with the best value."""
     return max(seeds, key=lambda node: (tree.max_value[node], tree.value[node]))
+
+
+def _by_step_index(tree: Tree, nodes: Sequence[int]) -> list[list[int]]:
+    """Nodes of each step index together, in order."""
+    groups: dict[int, list[int]] = {}
+    for node in nodes:
+        groups.setdefault(int(tree.step_index[node]), []).append(node)
+    return list(groups.values())
 
 
 def _evaluations(start: int, plan: Plan) -> int:
