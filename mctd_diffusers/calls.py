@@ -21,6 +21,8 @@ from torch import Tensor
 
 from mctd_diffusers.denoising.denoiser import FeatureTap, synchronize
 from mctd_diffusers.denoising.environment import LatentEnvironment, measure_prices, within_memory
+from mctd_diffusers.denoising.fusing import NO_FUSION, FusionParts, fusion_parts
+from mctd_diffusers.denoising.fusion import DEFAULT_FUSION, resolve_fusion
 from mctd_diffusers.denoising.gains import NO_STRIDE_PARTS, GainHead, StrideParts, stride_parts
 from mctd_diffusers.denoising.protocols import (
     CheckedReward,
@@ -42,6 +44,7 @@ from mctd_diffusers.search.runner import Finished, SearchResult, Strategy
 from mctd_diffusers.search.seeding import root_seed_of
 from mctd_diffusers.search.settings import is_number
 from mctd_diffusers.search.strategies import resolve_strategy
+from mctd_diffusers.search.strategies.third_moves import MayFuse
 from mctd_diffusers.search.stride_policies import HasStridePolicy
 from mctd_diffusers.search.strides import HasLongestStride
 from mctd_diffusers.search.tree import STEP, Tree, path_to_root
@@ -81,6 +84,12 @@ class SearchOptions:
             What the reward reads in place of the prompt.
         strides (`Sequence[int]`, *optional*, defaults to those of the strategy):
             Schedule steps that an edge of the tree may cross; the candidates hold 1.
+        fusion (`str`, *optional*, defaults to `None`):
+            Whether rollouts may also begin at what several samples fuse into, and how these are
+            fused: a method's name (`"x0"`, `"noise"`, `"tokens"`, `"gaussian"`, `"pixel"`,
+            `"features"`; the references `"mean"` and `"resample"`) or `"auto"`, the one that
+            measured best. `"features"` uses `pipe.feature_decoder` where there is one. `None`
+            leaves it to the strategy, and no strategy fuses by default.
         stride_policy (`str`, *optional*, defaults to that of the strategy):
             What chooses the strides: the plan of a rollout (`"budget"`), a rule (`"uniform"`,
             `"fixed:4"`, `"random"`, `"ays"`, `"gits"`, `"x0hat"`), or the pipeline's information
@@ -125,6 +134,7 @@ class SearchOptions:
     reward_model: Any = None
     reward_prompt: str | list[str] | None = None
     strides: Sequence[int] | None = None
+    fusion: str | None = None
     stride_policy: str | None = None
     search_scheduler: SchedulerMixin | None = None
     wave_size: int | None = None
@@ -145,6 +155,11 @@ def configured_strategy(options: SearchOptions) -> Strategy:
         for name in STRATEGY_OPTIONS
         if getattr(options, name) is not None
     }
+    if options.fusion is not None:
+        moves = getattr(strategy, "third_moves", ())
+        named["fusion"] = DEFAULT_FUSION if options.fusion == "auto" else options.fusion
+        named["third_moves"] = moves if "fuse" in moves else (*moves, "fuse")
+        resolve_fusion(named["fusion"])
     if not named:
         return strategy
     known: set[str] = {part.name for part in fields(strategy)} if is_dataclass(strategy) else set()
@@ -186,6 +201,49 @@ def stride_parts_of(
         return NO_STRIDE_PARTS
     strides = strategy.stride_set(stepper.num_steps)
     return stride_parts(strategy.policy, strides, stepper, head, rows_per_call)
+
+
+def fusion_parts_of(
+    method: str | None,
+    prepared: Prepared,
+    feature_decoder: FeatureDecoder | None,
+    map_block: str | None = None,
+) -> FusionParts:
+    """What fusions by a method ask of the world of a call.
+
+    Raises:
+        ConfigError: the method cannot work there.
+    """
+    return fusion_parts(
+        method,
+        latents=prepared.first_latents,
+        decoder=prepared.decoder,
+        tap=prepared.features,
+        feature_decoder=feature_decoder,
+        map_block=map_block,
+    )
+
+
+def recipe_of_fusion(
+    fusing: FusionParts, feature_decoder: FeatureDecoder | None
+) -> dict[str, Any] | None:
+    """What a recipe says of fusions, so that they can be made again; ``None`` without any."""
+    if fusing.method is None:
+        return None
+    return {
+        "method": fusing.method,
+        "map_block": fusing.map_block,
+        "feature_decoder": (
+            weights_digest(feature_decoder)
+            if isinstance(feature_decoder, torch.nn.Module)
+            else None
+        ),
+    }
+
+
+def fusion_method_of(strategy: Strategy) -> str | None:
+    """The method by which a strategy fuses samples; ``None`` if it fuses none."""
+    return strategy.fusion_method if isinstance(strategy, MayFuse) else None
 
 
 def check_longest_stride(strategy: Strategy, stepper: Stepper, scheduler: SchedulerMixin) -> None:
@@ -440,6 +498,7 @@ class World:
         feature_decoder: for fusions of features, whose block's maps are then kept.
         strides: what the stride policy of the search asks for.
         head: digest of the weights of the head that the policy asks; ``None`` if it asks none.
+        fusing: what the fusions of the search ask for.
     """
 
     prepared: Prepared
@@ -455,6 +514,7 @@ class World:
     feature_decoder: FeatureDecoder | None = None
     strides: StrideParts = NO_STRIDE_PARTS
     head: str | None = None
+    fusing: FusionParts = NO_FUSION
     rows_by_phase: Mapping[str, Sequence[int]] = field(default_factory=dict)
     offloads_latents: bool = False
     half_latents: bool = False
@@ -468,8 +528,10 @@ class World:
     def tap(self) -> FeatureTap | None:
         """What its environment reads of the network's blocks."""
         features = self.prepared.features
-        if self.feature_decoder is not None:
-            return features.mapping(self.feature_decoder.block, pools=self.keeps_features)
+        decoder = self.feature_decoder
+        block = self.fusing.map_block if decoder is None else decoder.block
+        if block is not None:
+            return features.mapping(block, pools=self.keeps_features)
         return features if self.keeps_features else None
 
     @functools.cached_property
@@ -507,7 +569,9 @@ class World:
             features=self.tap,
             gain_model=self.strides.gain_model,
             kinds=self.prepared.kinds and [*self.prepared.kinds] * times,
+            fuses=self.fusing.method is not None,
             feature_decoder=self.feature_decoder,
+            encoder=self.fusing.encoder,
         )
 
     def problems(self, budget: Budget, *, first_index: int = 0) -> list[Problem]:
@@ -527,6 +591,7 @@ class World:
                 longest_stride=self.stepper.longest_stride,
                 guidance_scale=self.environment.guidance_scale,
                 value_spends=value_spends,
+                fusion_spends=self.fusing.spends,
                 stride_costs=self.strides.costs,
             )
             for i in range(len(latents))

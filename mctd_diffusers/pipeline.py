@@ -57,14 +57,18 @@ from mctd_diffusers.calls import (
     configured_strategy,
     decoder_channels,
     digest_of_head,
+    fusion_method_of,
+    fusion_parts_of,
     nfe_allowed,
     plain_sample_of,
+    recipe_of_fusion,
     reward_prompts_of,
     stride_parts_of,
     with_head_or_without,
 )
 from mctd_diffusers.denoising.denoiser import Calls, Chunk
 from mctd_diffusers.denoising.environment import LatentEnvironment
+from mctd_diffusers.denoising.fusing import NO_FUSION, FusionParts
 from mctd_diffusers.denoising.protocols import (
     CheckedReward,
     Decoder,
@@ -83,6 +87,7 @@ from mctd_diffusers.hub import (
     push_folder,
     repository_of,
 )
+from mctd_diffusers.models.feature_decoder import FeatureToLatent
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.models.refining import IGEUpdate, Refiner
 from mctd_diffusers.pipeline_folder import (
@@ -222,6 +227,9 @@ class MCTDPipeline(DiffusionPipeline):
     reward_model: RewardFn | None
     preview_vae: AutoencoderTiny | None
     ige: InformationGainEvaluator | None
+    feature_decoder: FeatureDecoder | None = None
+    """Such as a [`FeatureToLatent`]: what `fusion="features"` maps fused features to latents by.
+    Without one it moves the samples' own patches. It is not saved with the pipeline."""
     _refiner: Refiner | None = None
 
     def _set_up_search(
@@ -762,6 +770,7 @@ class MCTDPipeline(DiffusionPipeline):
             self._set_timesteps(stock)
             stepper = Stepper(scheduler, eta=stock.get("eta", 0.0))
             prepared = self._prepare(stock, settings["prompts_per_call"])
+        fusing = self._fusing_again(settings, prepared)
         world = World(
             prepared=prepared,
             stepper=stepper,
@@ -775,6 +784,8 @@ class MCTDPipeline(DiffusionPipeline):
             reads_features=options.online_ige,
             strides=stride_parts_of(saved.strategy, stepper, self.ige, settings["rows_per_call"]),
             head=digest_of_head(saved.strategy, self.ige),
+            fusing=fusing,
+            feature_decoder=self._feature_decoder_of(fusing.method),
             offloads_latents=options.offload_latents,
             half_latents=options.half_latents,
         )
@@ -804,6 +815,9 @@ class MCTDPipeline(DiffusionPipeline):
             check_longest_stride(strategy, stepper, scheduler)
             prepared = self._prepare(stock, prompts_per_call)
         check_callbacks(stock, prepared)
+        method = fusion_method_of(strategy)
+        feature_decoder = self._feature_decoder_of(method)
+        fusing = fusion_parts_of(method, prepared, feature_decoder)
         settings = recipe_settings(
             stock,
             prompts,
@@ -814,6 +828,7 @@ class MCTDPipeline(DiffusionPipeline):
             rows_per_call=rows_per_call,
             prompts_per_call=prompts_per_call,
             half_latents=options.half_latents,
+            fusion=recipe_of_fusion(fusing, feature_decoder),
         )
         world = World(
             prepared=prepared,
@@ -828,6 +843,8 @@ class MCTDPipeline(DiffusionPipeline):
             reads_features=options.online_ige,
             strides=stride_parts_of(strategy, stepper, self.ige, rows_per_call),
             head=digest_of_head(strategy, self.ige),
+            fusing=fusing,
+            feature_decoder=feature_decoder,
             offloads_latents=options.offload_latents,
             half_latents=options.half_latents,
         )
@@ -1027,6 +1044,39 @@ class MCTDPipeline(DiffusionPipeline):
             if result.stop_reason not in ("interrupted", "error"):
                 observed += refiner.collect(world.observe(result.tree, image))
         return refiner.update(observed)
+
+    def _feature_decoder_of(self, method: str | None) -> FeatureDecoder | None:
+        """The decoder of features where the fusion asks for one, on the device of the search.
+
+        Raises:
+            ConfigError: it was trained on another kind of pipeline.
+        """
+        decoder = self.feature_decoder
+        if method != "features" or decoder is None:
+            return None
+        if isinstance(decoder, FeatureToLatent):
+            decoder.check_family(self.stock_class.__name__)
+            decoder.to(self._execution_device)
+        return decoder
+
+    def _fusing_again(self, settings: dict[str, Any], prepared: Prepared) -> FusionParts:
+        """What the fusions of a recipe, or of a saved call, ask for.
+
+        Raises:
+            ConfigError: the decoder of features is another than then.
+        """
+        said = settings.get("fusion")
+        if said is None:
+            return NO_FUSION
+        decoder = self._feature_decoder_of(said["method"])
+        fusing = fusion_parts_of(said["method"], prepared, decoder, said["map_block"])
+        if recipe_of_fusion(fusing, decoder) != said:
+            raise ConfigError(
+                f"the search fused features by the decoder {said['feature_decoder']} of block "
+                f"{said['map_block']}, here it is {recipe_of_fusion(fusing, decoder)}: set "
+                "pipe.feature_decoder to that one, or to None where there was none"
+            )
+        return fusing
 
     def _scheduler_of(self, given: Any) -> SchedulerMixin:
         """A copy of the scheduler to search with.
@@ -1318,6 +1368,7 @@ class MCTDPipeline(DiffusionPipeline):
                 f"gives {root_seed}: load the model with dtype {recipe['dtype']} on "
                 f"{recipe['device']}, or pass the first noise as latents=..."
             )
+        fusing = self._fusing_again(recipe, prepared)
         return World(
             prepared=replace(prepared, first_latents=first),
             stepper=stepper,
@@ -1330,6 +1381,8 @@ class MCTDPipeline(DiffusionPipeline):
             settings=[recipe],
             prices=Prices(),
             with_plain=False,
+            fusing=fusing,
+            feature_decoder=self._feature_decoder_of(fusing.method),
         )
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from mctd_diffusers.denoising.fusion import VERDICTS
 from mctd_diffusers.errors import ConfigError, SearchError
 from mctd_diffusers.models.refining import IGEUpdate
 from mctd_diffusers.search.environment import Counts, Ledger, Prices
@@ -229,6 +230,34 @@ class ImageSearch:
     def history(self) -> list[tuple[int, float]]:
         """``(nfe, best reward so far)`` at every sample better than those before."""
         return self.result.history
+
+    @property
+    def moves_made(self) -> dict[str, dict[str, float]]:
+        """Kinds of moves that the search chose among: how often, for what cost, with what gain.
+
+        As plain data: ``{kind: {"times", "cost", "gain"}}``, cost in row-equivalents with the
+        rollouts after them, gain in units of the reward. Empty for a search that does not choose.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for made in self.result.moves_made:
+            sums = found.setdefault(made.move, {"times": 0, "cost": 0.0, "gain": 0.0})
+            sums["times"] += 1
+            sums["cost"] += made.cost
+            sums["gain"] += made.gain
+        return found
+
+    @property
+    def fusions(self) -> dict[str, int]:
+        """What became of groups of particles that were to be fused: how many, by verdict.
+
+        As plain data, by the words of `denoising.fusion.VERDICTS`, of which the first is that a
+        fused sample was accepted; the last one is for those that are pruned after their evaluation.
+        """
+        counts: dict[str, int] = {}
+        for made in self.result.moves_made:
+            for verdict in made.verdicts:
+                counts[VERDICTS[verdict]] = counts.get(VERDICTS[verdict], 0) + 1
+        return counts
 
     @property
     def recipe(self) -> Recipe:
@@ -582,6 +611,7 @@ def recipe_settings(
     rows_per_call: int,
     prompts_per_call: int,
     half_latents: bool,
+    fusion: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """The part of a recipe that all samples of an image share, for each image of a call."""
     given = {
@@ -603,6 +633,7 @@ def recipe_settings(
         "rows_per_call": rows_per_call,
         "prompts_per_call": prompts_per_call,
         "half_latents": half_latents,
+        **({} if fusion is None else {"fusion": fusion}),
         "dtype": str(first_latents.dtype).removeprefix("torch."),
         "device": first_latents.device.type,
         "threads": torch.get_num_threads(),

@@ -218,6 +218,11 @@ class FeatureTap:
         self._features: dict[str, Tensor] = {}
         self._maps: Tensor | None = None
 
+    @property
+    def mappable(self) -> tuple[str, ...]:
+        """Names of the blocks whose map it could keep; none where the network has no such."""
+        return tuple(mappable_blocks(self._network))
+
     def mapping(self, block: str, *, pools: bool = True) -> FeatureTap:
         """A tap on the same network that keeps the map of a block.
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,7 @@ from mctd_diffusers.denoising.latents import (
 from mctd_diffusers.denoising.protocols import (
     CheckedReward,
     Decoder,
+    Encoder,
     FeatureDecoder,
     GainModel,
     Network,
@@ -104,6 +105,8 @@ class LatentEnvironment:
         fuses: whether samples will be fused, so that how far estimates move is kept.
         feature_decoder: makes clean latents of the maps that the tap keeps, for the fusion
             ``features``.
+        encoder: makes clean latents of pictures, for the fusion ``pixel``, which also decodes: each
+            particle once, in full.
 
     Raises:
         ConfigError: ``rows_per_call`` is below 1, or prompts and first latents differ in number.
@@ -129,6 +132,7 @@ class LatentEnvironment:
         kinds: Sequence[Hashable] | None = None,
         fuses: bool = False,
         feature_decoder: FeatureDecoder | None = None,
+        encoder: Encoder | None = None,
     ) -> None:
         if len(prompts) != len(first_latents):
             raise ConfigError(
@@ -152,6 +156,7 @@ class LatentEnvironment:
         )
         self._gain_model = gain_model
         self._feature_decoder = feature_decoder
+        self._encoder = encoder
         self._keeps_estimates = fuses or (gain_model is not None and gain_model.reads_change)
         self._decoder = decoder
         self._preview = preview
@@ -446,8 +451,15 @@ class LatentEnvironment:
             weights=torch.as_tensor(weights, dtype=torch.float64),
             features=self._maps_of(samples) if method == "features" else None,
         )
+        codec = None if self._encoder is None else _Codec(self._decode, self._encoder, samples)
         with timed(self.ledger, "fuse", self._device):
-            return fuse(method, particles, seed=seed, feature_decoder=self._feature_decoder)
+            return fuse(
+                method,
+                particles,
+                seed=seed,
+                codec=codec,
+                feature_decoder=self._feature_decoder,
+            )
 
     def _take_in(self, fused: Fused, particle: Sample, guidance: float | None) -> int:
         """Handle of a fused sample, whose solver starts anew."""
@@ -1051,6 +1063,22 @@ def _state(sample: Sample) -> SolverState:
 def _outputs(sample: Sample) -> Outputs:
     assert sample.outputs is not None
     return sample.outputs
+
+
+class _Codec(NamedTuple):
+    """Decodes the estimates of particles at their image's cost, and encodes pictures."""
+
+    decode_of: Callable[..., Tensor]
+    encoder: Encoder
+    samples: Sequence[Sample]
+
+    def decode(self, clean: Tensor) -> Tensor:
+        """Images in [0, 1], in calls of the same size as all."""
+        return self.decode_of(clean, self.samples, preview=False)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Clean latents of images."""
+        return self.encoder.encode(images)
 
 
 def _exported(sample: Sample) -> dict[str, Any]:

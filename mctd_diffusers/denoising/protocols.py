@@ -117,6 +117,17 @@ class Codec(Protocol):
 
 
 @runtime_checkable
+class Encoder(Protocol):
+    """Images to clean latents."""
+
+    def encode(
+        self, images: Float[Tensor, "batch 3 rows columns"]
+    ) -> Float[Tensor, "batch *sample"]:
+        """Clean latents of images in [0, 1]; the same ones each time, so no draw from a law."""
+        ...
+
+
+@runtime_checkable
 class FeatureDecoder(Protocol):
     """Clean latents by the features of one of the network's blocks."""
 

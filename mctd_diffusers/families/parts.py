@@ -7,7 +7,8 @@ with these parts how its network and its decoder are called, for any rows of any
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -179,6 +180,18 @@ class VaeDecoder:
         images = self.decoded(self.unscaled(latents.to(self.vae.dtype)))
         return (images * 0.5 + 0.5).clamp(0, 1)
 
+    def encode(
+        self, images: Float[Tensor, "batch 3 rows columns"]
+    ) -> Float[Tensor, "batch *sample"]:
+        """Latents of images in [0, 1]: the likeliest, scaled as the pipeline scales them.
+
+        Only where latents are no tokens: :meth:`unscaled` is turned around number by number.
+        """
+        law = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist
+        latents: Tensor = law.mode()
+        offset = self.unscaled(torch.zeros_like(latents))
+        return (latents - offset) / (self.unscaled(torch.ones_like(latents)) - offset)
+
     def decoded(self, latents: Tensor) -> Float[Tensor, "batch 3 rows columns"]:
         """What the autoencoder makes of its latents: images in [-1, 1]."""
         images: Tensor = self.vae.decode(latents, return_dict=False)[0]
@@ -199,12 +212,24 @@ class UpcastDecoder(VaeDecoder):
         self, latents: Float[Tensor, "batch *sample"]
     ) -> Float[Tensor, "batch 3 rows columns"]:
         """Images in [0, 1]."""
-        upcasts = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
-        if not upcasts:
+        with self._upcast():
             return super().__call__(latents)
+
+    def encode(
+        self, images: Float[Tensor, "batch 3 rows columns"]
+    ) -> Float[Tensor, "batch *sample"]:
+        """Latents of images in [0, 1]."""
+        with self._upcast():
+            return super().encode(images)
+
+    @contextmanager
+    def _upcast(self) -> Iterator[None]:
+        if not (self.vae.dtype == torch.float16 and self.vae.config.force_upcast):
+            yield
+            return
         self.vae.to(torch.float32)
         try:
-            return super().__call__(latents)
+            yield
         finally:
             self.vae.to(torch.float16)
 
