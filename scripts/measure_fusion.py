@@ -86,17 +86,18 @@ def tables(cells: Cells, methods: Sequence[str], trials: int, transport_trials: 
     usual = ("*particles*", methods[0], _mean_usual)
     others = [name for name in methods if name not in OWN_NOISE]
     norms += [("all others", name, lambda cell: cell.noise_norm) for name in others[:1]]
-    accepted = [(f"`{name}`", name, lambda cell: 100 * cell.accepted) for name in methods]
+    checked = [name for name in methods if FUSIONS[name].is_checked]
+    accepted = [(f"`{name}`", name, lambda cell: 100 * cell.accepted) for name in checked]
     allowed = [level for level in LEVELS if level <= MAX_SIGNAL_SHARE]
     counts = " / ".join(map(str, COUNTS))
     parts = [
         f"{trials} mixtures each ({transport_trials} for the methods that transport). Columns are "
-        f"shares of the signal, and in each cell are {counts} particles; at {LEVELS[-1]} the gate "
+        f"shares of the signal, and in each cell are\n{counts} particles; at {LEVELS[-1]} the gate "
         "is shut, and what is shown is what the method would do.",
         "Mean z (0 is a typical sample of the level):",
-        "\n".join(table(cells, best + shown, LEVELS, ".1f")),
+        "\n".join(table(cells, best + shown, LEVELS, "z.1f")),
         "The largest |z| of a single fusion:",
-        "\n".join(table(cells, widest, allowed, ".1f")),
+        "\n".join(table(cells, widest, allowed, "z.1f")),
         f"Mean square of the noise (a standard error is {np.sqrt(2 / 256):.2f}):",
         "\n".join(table(cells, [usual, *norms], LEVELS, ".2f")),
         "Share that passed the checks, in %:",
