@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mctd_diffusers.denoising.edges import reads_variance
 from mctd_diffusers.denoising.solver_memory import SolverState
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.denoising.views import BrownianEdge
@@ -232,6 +233,11 @@ def network(inputs: Tensor, timesteps: Tensor) -> Tensor:
     return 0.6 * inputs + 0.3 * times - 0.4 * inputs / (1 + inputs * inputs)
 
 
+def with_variance(scheduler: Any, outputs: Tensor) -> Tensor:
+    """Outputs with a variance beside them, for a scheduler that reads one."""
+    return torch.cat([outputs, outputs.abs() / 4], dim=1) if reads_variance(scheduler) else outputs
+
+
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -252,7 +258,7 @@ def stock_loop(
         inputs = latents
         if hasattr(scheduler, "scale_model_input"):
             inputs = scheduler.scale_model_input(latents, timestep)
-        output = network(inputs, timestep)
+        output = with_variance(scheduler, network(inputs, timestep))
         generator = torch.Generator().manual_seed(seeds[call // calls])
         rest = timesteps[call + 1 :]
         offered = {
@@ -297,7 +303,8 @@ def true_output(scheduler: Any, x: Tensor, x0: Tensor, eps: Tensor, level: Tenso
 
 
 def evaluate(stepper: Stepper, latents: Tensor, states: Sequence[SolverState]) -> Tensor:
-    return network(*stepper.network_input(latents, states))
+    outputs = network(*stepper.network_input(latents, states))
+    return with_variance(stepper._edges.own, outputs)
 
 
 def walk(

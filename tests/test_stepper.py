@@ -555,7 +555,7 @@ def test_other_classes_are_refused_by_name(make: Callable[[], Any]) -> None:
     [
         ("dpm++", "variance_type", "learned_range"),
         ("unipc", "thresholding", True),
-        ("ddpm", "variance_type", "learned_range"),
+        ("ddpm", "variance_type", "fixed_large_log"),
         ("euler-a", "prediction_type", "sample"),
     ],
 )

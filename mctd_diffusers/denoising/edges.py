@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from mctd_diffusers.denoising.levels import NoiseLevels
-from mctd_diffusers.denoising.scheduler_traits import SchedulerTraits
+from mctd_diffusers.denoising.scheduler_traits import LEARNED, SchedulerTraits
 from mctd_diffusers.denoising.solver_memory import SolverMemory
 from mctd_diffusers.denoising.views import BrownianEdge, Schedule, View, ancestral_split, land_at
 
@@ -136,6 +136,8 @@ class Edges:
     ) -> Tensor:
         """One step of the clone, which stands where it should and remembers what it should."""
         scheduler = edge.view.scheduler
+        if not reads_variance(scheduler):
+            outputs = without_variance(outputs, latents)
         arguments = dict(edge.view.arguments)
         if edge.draws and self._takes_generator:
             arguments["generator"] = generators(seeds)
@@ -150,6 +152,7 @@ class Edges:
 
     def estimate(self, index: int, latents: Tensor, outputs: Tensor) -> Tensor:
         """The scheduler's own denoised estimate at a point, clipped where it clips."""
+        outputs = without_variance(outputs, latents)
         match self._traits.estimate:
             case "convert":
                 self.plain._step_index = index
@@ -347,10 +350,27 @@ def extrapolate_along(split: Split, scheduler: Any, latents: Tensor, outputs: Te
     ]
 
 
+def reads_variance(scheduler: Any) -> bool:
+    """Whether a step takes the variance from the network, beside what it predicts."""
+    is_ddpm = isinstance(scheduler, DDPMScheduler)  # others may have the entry from its config
+    return is_ddpm and scheduler.config.variance_type in LEARNED
+
+
+def without_variance(outputs: Tensor, latents: Tensor) -> Tensor:
+    """A network's outputs less the variance that some predict in as many channels beside them."""
+    channels = latents.shape[1]
+    return outputs[:, :channels] if outputs.shape[1] == 2 * channels else outputs
+
+
 def _ddpm_std(scheduler: Any, timestep: Tensor) -> float | Tensor:
-    """Standard deviation of DDPM's noise; 0 where it is only the floor under a logarithm."""
+    """Standard deviation of DDPM's noise; 0 where it is only the floor under a logarithm.
+
+    NaN where the network says it, for each number of the sample.
+    """
     if timestep <= 0:
         return 0.0
+    if reads_variance(scheduler):
+        return math.nan
     variance: Tensor = scheduler._get_variance(timestep)
     if scheduler.variance_type == "fixed_small_log":  # is a deviation already
         return variance if variance > 2e-10 else 0.0

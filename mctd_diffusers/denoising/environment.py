@@ -599,7 +599,9 @@ class LatentEnvironment:
             torch.zeros_like(conditional) if unconditional is None else conditional - unconditional
             for conditional, unconditional in outputs
         ]
-        scaled = pooled(self._samples.gather(differences).float()).chunk(2, dim=1)[1]
+        # Of a network that predicts its variance, without that.
+        difference = self._samples.gather(differences)[:, : self.sample_shape[0]]
+        scaled = pooled(difference.float()).chunk(2, dim=1)[1]
         estimate = pooled(self._denoised_of(samples).float())
         features["estimate"] = torch.cat([estimate, scaled], dim=1)
         return features

@@ -50,7 +50,8 @@ class Outputs(NamedTuple):
     """The network's answer for a batch of latents, with guidance kept apart.
 
     Attributes:
-        conditional: ``[batch, *sample]`` output under the prompt.
+        conditional: ``[batch, *sample]`` output under the prompt; of twice the channels where the
+            network predicts its variance too, which `DDPMScheduler` reads.
         unconditional: the same without the prompt, or ``None`` where no guidance is used.
     """
 

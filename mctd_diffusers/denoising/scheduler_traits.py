@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 Levels: TypeAlias = Literal["alphas", "solver", "exploding", "flow", "sine", "trigonometric"]
 """How a scheduler scales signal and noise, ``x = alpha x0 + sigma noise``:
@@ -22,6 +22,9 @@ Estimate: TypeAlias = Literal["step", "convert", "formula"]
 solver, or the formula of the prediction type."""
 
 Blank: TypeAlias = Callable[[Any], dict[str, Any]]
+
+LEARNED: Final = ("learned", "learned_range")
+"""Values of ``variance_type`` with which a scheduler reads a variance that the network predicts."""
 
 
 def forgets(scheduler: Any) -> dict[str, Any]:

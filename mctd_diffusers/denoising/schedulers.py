@@ -11,10 +11,11 @@ the two, which a test asserts, and every claim of the table is tested against th
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mctd_diffusers.denoising.scheduler_inspection import Inspection, inspect_scheduler
-from mctd_diffusers.denoising.scheduler_traits import SchedulerTraits, always
+from mctd_diffusers.denoising.scheduler_traits import LEARNED, SchedulerTraits, always
 from mctd_diffusers.errors import UnsupportedSchedulerError
 
 # What multistep solvers remember, and how far back they look.
@@ -98,6 +99,13 @@ _DDPM = SchedulerTraits(
         "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
     },
 )
+_DDPM_LEARNED = replace(
+    _DDPM,
+    settings={
+        **_DDPM.settings,
+        "variance_type": (*_DDPM.settings["variance_type"], *LEARNED),
+    },
+)
 _NOISES_AGAIN = "noises the estimate again: siblings differ by nearly all of their noise"
 _CONSISTENCY = SchedulerTraits(
     "alphas",
@@ -158,7 +166,7 @@ TRAITS: Mapping[str, SchedulerTraits] = {
     "DDIMParallelScheduler": _DDIM,
     "DDIMScheduler": _DDIM,
     "DDPMParallelScheduler": _DDPM,
-    "DDPMScheduler": _DDPM,
+    "DDPMScheduler": _DDPM_LEARNED,
     "DEISMultistepScheduler": SchedulerTraits(
         "solver",
         blank=_solver_memory,

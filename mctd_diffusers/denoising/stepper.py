@@ -238,7 +238,7 @@ class Stepper:
     def denoised(
         self,
         latents: Float[Tensor, "batch *sample"],
-        outputs: Float[Tensor, "batch *sample"],
+        outputs: Float[Tensor, "batch *output"],
         step_indices: Sequence[int],
     ) -> Float[Tensor, "batch *sample"]:
         """The denoised estimate of each sample, clipped where the scheduler clips.
@@ -286,7 +286,7 @@ class Stepper:
     def step(
         self,
         latents: Float[Tensor, "batch *sample"],
-        outputs: Float[Tensor, "batch *sample"],
+        outputs: Float[Tensor, "batch *output"],
         states: Sequence[SolverState],
         actions: Sequence[Action],
         seeds: Sequence[int],
@@ -295,7 +295,8 @@ class Stepper:
 
         Args:
             latents: samples, unscaled.
-            outputs: the (guided) network outputs for them.
+            outputs: the (guided) network outputs for them, with the variance beside where the
+                network predicts it.
             states: where each sample stands.
             actions: stride and share of noise of each edge.
             seeds: of each edge's noise; unused where the edge is deterministic.
@@ -315,7 +316,7 @@ class Stepper:
     def complete(
         self,
         latents: Float[Tensor, "batch *sample"],
-        outputs: Float[Tensor, "batch *sample"],
+        outputs: Float[Tensor, "batch *output"],
         states: Sequence[SolverState],
         seeds: Sequence[int],
     ) -> tuple[Float[Tensor, "batch *sample"], list[SolverState]]:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mctd_diffusers.calls import Prepared, num_prompts
 from mctd_diffusers.denoising.denoiser import FeatureTap
+from mctd_diffusers.denoising.edges import reads_variance
+from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.families.parts import GuidedNetwork, VaeDecoder
 from mctd_diffusers.pipeline import MCTDPipeline
 
@@ -63,7 +65,26 @@ class UNetFamily(MCTDPipeline):
             blocks["mid"] = 2 * channels[-1]
         return blocks | {"estimate": 3 * self.unet.config.in_channels}
 
+    def _check_variance(self) -> None:
+        """Refuse a variance that either the UNet predicts or the scheduler reads, not both."""
+        config, kind = self.unet.config, type(self.scheduler).__name__
+        channels = f"{config.out_channels} channels for latents of {config.in_channels}"
+        predicts = config.out_channels == 2 * config.in_channels
+        reads = reads_variance(self.scheduler)
+        if predicts and not reads:
+            raise ConfigError(
+                f"the UNet gives {channels}, a variance beside what it predicts, which {kind} does "
+                "not read as it is set up: search with search_scheduler=DDPMScheduler.from_config("
+                "pipe.scheduler.config, variance_type='learned_range')"
+            )
+        if reads and not predicts:
+            raise ConfigError(
+                f"{kind} with variance_type={self.scheduler.config.variance_type!r} reads a "
+                f"variance, and the UNet gives none, {channels}: set variance_type='fixed_small'"
+            )
+
     def _set_timesteps(self, stock: dict[str, Any]) -> None:
+        self._check_variance()
         timesteps, _ = retrieve_timesteps(
             self.scheduler,
             stock["num_inference_steps"],

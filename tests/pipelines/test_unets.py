@@ -6,16 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers.schedulers import scheduling_ddpm
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.pipeline import MCTDPipeline
-from mctd_diffusers.search.strategies import BestOfN
+from mctd_diffusers.search.strategies import BestOfN, Evolution
 from tests.pipelines import tiny, tiny_xl
-from tests.pipelines.family_tests import seeded
+from tests.pipelines.family_tests import counted_rows, seeded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -164,3 +167,81 @@ def test_a_network_that_is_told_the_guidance_takes_one_row_a_latent(
     out = pipe("a red cat", search="mctd", compute=3, generator=seeded(0)[0], **CALL)
     assert out.ledger.total.rows == out.ledger.total.nfe
     assert torch.tensor(out.search[0].tree.guidance).isnan().all()
+
+
+# Networks that predict their variance
+
+
+def of_learned_variance(
+    make_stock: Callable[..., Any], variance_type: str = "learned_range"
+) -> tuple[Any, Any]:
+    """As `both`, with a UNet of twice the channels and DDPM."""
+
+    def make() -> Any:
+        stock = make_stock("ddpm")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            unet = UNet2DConditionModel.from_config(stock.unet.config, out_channels=8)
+        if variance_type == "learned":  # as it is, so above 0
+            torch.nn.init.zeros_(unet.conv_out.weight[4:])
+            torch.nn.init.constant_(unet.conv_out.bias[4:], 0.1)
+        settings = {"variance_type": variance_type, "clip_sample": False}
+        scheduler = DDPMScheduler.from_config(stock.scheduler.config, **settings)
+        stock.register_modules(unet=unet.eval(), scheduler=scheduler)
+        return stock
+
+    return both(make)
+
+
+@each_stock
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_a_variance_that_the_network_predicts_is_that_of_the_stock_pipeline(
+    make_stock: Callable[..., Any], variance_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def same(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None) -> Any:
+        return torch.linspace(-1, 1, shape[1:].numel(), dtype=dtype).reshape(1, *shape[1:])
+
+    # Noise of edges is drawn from their seeds, that of the stock loop from its generator.
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", same)
+    pair = of_learned_variance(make_stock, variance_type)
+    assert torch.isfinite(pictures(*pair)).all()
+    assert torch.isfinite(pictures(*pair, guidance_rescale=0.7)).all()
+
+
+@each_stock
+def test_a_network_that_predicts_its_variance_is_searched(make_stock: Callable[..., Any]) -> None:
+    _, pipe = of_learned_variance(make_stock)
+    call = {"num_inference_steps": 4, "rows_per_call": 4, "compute": 4, "output_type": "latent"}
+    for search in ("mctd", "beam", Evolution(branch_eta=0.5)):
+        out = pipe("a red cat", search=search, generator=seeded(0)[0], **call)
+        found = out.search[0]
+        replayed = pipe.replay(found.recipe)
+        assert torch.equal(replayed.latents, found.latents[found.finished.index(found.winner)])
+        assert replayed.reward == out.rewards[0]
+    world = pipe.open_world("a red cat", num_inference_steps=4, reads_features=True)
+    handles = world.environment.reset(*np.zeros((2, 1), dtype=np.int64))
+    world.environment.denoise(handles)
+    features = world.environment.features(handles)
+    assert {name: rows.shape[-1] for name, rows in features.items()} == pipe._feature_channels()
+
+
+@each_stock
+def test_a_variance_that_is_not_read_or_not_predicted_is_refused(
+    make_stock: Callable[..., Any],
+) -> None:
+    _, pipe = of_learned_variance(make_stock)
+    ddim = DDIMScheduler.from_config(pipe.scheduler.config)
+    with (
+        counted_rows(pipe.unet) as rows,
+        pytest.raises(ConfigError, match=r"8 channels for latents of 4.*DDIMScheduler does not"),
+    ):
+        pipe("a red cat", search="mctd", search_scheduler=ddim, **CALL)
+    assert not rows()
+    plain = MCTDPipeline.from_pipe(make_stock("ddim"), reward_model=tiny.redness)
+    with (
+        counted_rows(plain.unet) as rows,
+        pytest.raises(ConfigError, match=r"'learned_range' reads a variance.*'fixed_small'"),
+    ):
+        plain("a red cat", search="mctd", search_scheduler=pipe.scheduler, **CALL)
+    assert not rows()
+    plain("a red cat", search="best_of_n", compute=1, search_scheduler=ddim, **CALL)
