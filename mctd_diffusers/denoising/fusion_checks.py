@@ -111,7 +111,7 @@ def octave_powers(
     The mean is left out; so are corners of the spectrum above half a wave a pixel.
     """
     rows, columns = maps.shape[2:]
-    power = torch.fft.rfft2(maps.double()).abs().square().sum(dim=1).flatten(1)
+    power = torch.fft.rfft2(maps).abs().square().sum(dim=1).flatten(1)
     down = torch.fft.fftfreq(rows, device=maps.device)[:, None]
     across = torch.fft.rfftfreq(columns, device=maps.device)[None]
     waves = (min(rows, columns) * torch.hypot(down, across)).flatten()

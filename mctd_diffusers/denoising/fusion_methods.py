@@ -115,7 +115,7 @@ class Resample:
     ) -> Draft:
         """One of the particles."""
         generator = torch.Generator().manual_seed(seed)
-        row = int(torch.multinomial(particles.weights.double().cpu(), 1, generator=generator))
+        row = int(torch.multinomial(particles.weights.cpu().double(), 1, generator=generator))
         return Draft(particles.latents[row], particles.clean[row])
 
 
@@ -313,7 +313,7 @@ class GaussianBarycenter:
         """
         import ot
 
-        channels = by_channel(particles.clean).double().cpu()
+        channels = by_channel(particles.clean).cpu().double()
         if channels.shape[2] <= channels.shape[1]:
             raise ConfigError(
                 f"fusion 'gaussian' needs more positions than channels, but latents have "
@@ -323,7 +323,7 @@ class GaussianBarycenter:
         centred = channels - means[:, :, None]
         covariances = centred @ centred.mT / channels.shape[2]
         mean, covariance = ot.gaussian.bures_wasserstein_barycenter(
-            means, covariances, weights=particles.weights.double().cpu()
+            means, covariances, weights=particles.weights.cpu().double()
         )
         A, _ = ot.gaussian.bures_wasserstein_mapping(means[0], mean, covariances[0], covariance)
         coloured = mean[:, None] + A @ centred[0]

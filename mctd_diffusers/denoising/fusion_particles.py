@@ -75,7 +75,7 @@ class Particles:
     @property
     def ess(self) -> float:
         """Effective sample size ``1 / sum w^2``."""
-        return 1 / float((self.weights.double() ** 2).sum())
+        return 1 / float(self.weights.square().sum())
 
     @cached_property
     def noises(self) -> Float[Tensor, "particles *sample"]:
@@ -90,7 +90,7 @@ class Particles:
             return 1.0
         units = torch.nn.functional.normalize(self.noises.flatten(1), dim=1)
         # Of the squared sum only the pairs: the squares of the units themselves are 1 each.
-        squared = float(units.sum(dim=0).double().square().sum())
+        squared = float(units.sum(dim=0).square().sum())
         return (squared - count) / (count * (count - 1))
 
     def composed(
@@ -101,7 +101,7 @@ class Particles:
 
     def weighted(self, rows: Float[Tensor, "particles *axes"]) -> Float[Tensor, "*axes"]:
         """Weighted mean of what there is a row of for every particle."""
-        return torch.tensordot(self.weights.to(rows.dtype), rows, dims=1)
+        return torch.tensordot(self.weights.to(rows), rows, dims=1)
 
     def ordered(self) -> Particles:
         """The heaviest first; of equal weights by their numbers, not by their rows.

@@ -93,7 +93,7 @@ class Transport:
 
     def _clouds(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens beside their places, on the host, in units of what tokens differ by; the unit."""
-        tokens = maps.detach().double().cpu().flatten(2).mT
+        tokens = maps.detach().cpu().double().flatten(2).mT
         unit = (tokens - tokens.mean(dim=(0, 1))).square().sum(dim=2).mean().sqrt()
         if unit == 0:  # nothing differs, so nothing is to be moved
             unit = torch.ones_like(unit)
@@ -104,7 +104,7 @@ class Transport:
         import ot
 
         masses = [clouds.new_full((clouds.shape[1],), 1 / clouds.shape[1])] * len(clouds)
-        shares = weights.double().cpu()
+        shares = weights.cpu().double()
         if self.entropy:
             return ot.bregman.free_support_sinkhorn_barycenter(
                 list(clouds),
