@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
@@ -243,7 +244,7 @@ class FeatureTap:
 
     def __enter__(self) -> FeatureTap:
         for name, block in self._blocks.items():
-            self._hooks.append(block.register_forward_hook(self._reader(name)))
+            self._hooks.append(block.register_forward_hook(partial(self._read, name)))
         for block in self._mapped.values():
             self._hooks.append(block.register_forward_hook(self._keep_map))
         return self
@@ -270,11 +271,8 @@ class FeatureTap:
         maps, self._maps = self._maps, None
         return maps
 
-    def _reader(self, name: str) -> Any:
-        def read(block: nn.Module, inputs: Any, output: Any) -> None:
-            self._features[name] = pooled(self._conditional_half(output).float())
-
-        return read
+    def _read(self, name: str, block: nn.Module, inputs: Any, output: Any) -> None:
+        self._features[name] = pooled(self._conditional_half(output).float())
 
     def _keep_map(self, block: nn.Module, inputs: Any, output: Any) -> None:
         self._maps = self._conditional_half(output)
