@@ -340,9 +340,9 @@ def make_card(
         metadata,
         f"""# Feature decoder for {config["family"]}
 
-Maps features of block `{decoder.block}` ({config["feature_channels"]} channels; latents are
-{config["scale_factor"]} times as large) at any noise level to the guided denoised estimate, so that
-samples can be fused in the space of features.
+Maps features of block `{decoder.block}` of the UNet ({config["feature_channels"]} channels, with
+{config["scale_factor"]} x {config["scale_factor"]} latents to each place) at any noise level to the
+guided denoised estimate, so that samples can be fused in the space of features.
 
 ```python
 from mctd_diffusers import FeatureToLatent
@@ -356,7 +356,7 @@ decoder = FeatureToLatent.from_pretrained("path or repository")
 {about["command"]}
 ```
 
-on states of log-SNR from {low:.2f} to {high:.2f} under guidance
+on states of log-SNR from {low:.2f} to {high:.2f}, under guidance
 {", ".join(map(str, config["guidance_scales"]))}.
 
 | split | states | prompts |

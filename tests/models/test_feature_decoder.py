@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from mctd_diffusers import EMBEDDED_MODEL, MCTDPipeline
 from mctd_diffusers.denoising.protocols import FeatureDecoder
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.reconstruction import (
@@ -20,6 +22,7 @@ from mctd_diffusers.evaluation.reconstruction import (
     reconstruction_errors,
 )
 from mctd_diffusers.models.feature_decoder import FeatureToLatent
+from mctd_diffusers.search.environment import Action
 
 
 def make_decoder(**changes: Any) -> FeatureToLatent:
@@ -112,6 +115,43 @@ def test_other_features_and_other_families_are_refused() -> None:
         decoder.check_family("FluxPipeline")
     with pytest.raises(ConfigError, match="scale_factor is 3"):
         make_decoder(scale_factor=3)
+
+
+def test_the_one_in_the_box_reads_the_model_in_the_box() -> None:
+    folder = Path(EMBEDDED_MODEL)
+    decoder = FeatureToLatent.from_pretrained(EMBEDDED_MODEL, subfolder="feature_decoder")
+    unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
+    assert decoder.block == f"up.{len(unet['up_block_types']) - 1}"
+    assert decoder.config["feature_channels"] == unet["block_out_channels"][0]
+    assert decoder.config["latent_channels"] == unet["in_channels"]
+    assert decoder.first.weight.dtype == torch.float32
+    files = (folder / "feature_decoder").iterdir()
+    assert sum(file.stat().st_size for file in files) < 1_000_000
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_the_one_in_the_box_knows_estimates_by_their_features() -> None:
+    pipe = MCTDPipeline.from_pretrained(EMBEDDED_MODEL)
+    decoder = FeatureToLatent.from_pretrained(EMBEDDED_MODEL, subfolder="feature_decoder")
+    world = pipe.open_world(
+        ["a red octopus", "two dogs"],
+        num_inference_steps=10,
+        guidance_scale=4.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(2)],
+        feature_decoder=decoder.eval(),
+    )
+    environment = world.environment
+    handles = environment.reset(np.arange(2), np.array([5, 6]))
+    for step in range(10):
+        environment.denoise(handles)
+        clean, maps = environment.denoised(handles), environment.feature_maps(handles)
+        share = environment.stepper.log_snr[step].sigmoid().item()
+        error = (decoder(maps, share**0.5, (1 - share) ** 0.5) - clean).square().mean().sqrt()
+        # Of what two samples differ by; a third at pure noise, a tenth in the end.
+        assert error < 0.4 * (clean[0] - clean[1]).square().mean().sqrt()
+        handles = environment.step(handles, [Action(1)] * 2, np.zeros(2, dtype=np.int64))
 
 
 def test_a_folder_without_one_is_refused(tmp_path: Path) -> None:
