@@ -25,7 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from mctd_diffusers.denoising.fusion import VERDICTS
+from mctd_diffusers.denoising.fusing import verdict_counts
 from mctd_diffusers.errors import ConfigError, SearchError
 from mctd_diffusers.models.refining import IGEUpdate
 from mctd_diffusers.search.environment import Counts, Ledger, Prices
@@ -253,11 +253,7 @@ class ImageSearch:
         As plain data, by the words of `denoising.fusion.VERDICTS`, of which the first is that a
         fused sample was accepted; the last one is for those that are pruned after their evaluation.
         """
-        counts: dict[str, int] = {}
-        for made in self.result.moves_made:
-            for verdict in made.verdicts:
-                counts[VERDICTS[verdict]] = counts.get(VERDICTS[verdict], 0) + 1
-        return counts
+        return verdict_counts(self.result.moves_made)
 
     @property
     def recipe(self) -> Recipe:

@@ -246,6 +246,24 @@ def test_bench_on_mixtures_needs_no_model(
     assert len(list(tmp_path.rglob("cells/*/*.json"))) == 3
 
 
+def test_bench_compares_fusions_and_other_third_moves(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, _, err = run(
+        capsys, "bench", "--suite", "mixture", "--limit", 1, "--budgets", "4x", "--steps", 8,
+        "--strategies", "mctd:first_share=0.3,beam", "--fusions", "none,x0,go_back,bandit",
+        "--against", "mctd:first_share=0.3:fusion=x0", "--out", tmp_path,
+    )  # fmt: skip
+    assert status == 0, err
+    cells = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("*.json")}
+    assert len(cells) == 7  # plain, the reference, four third moves of mctd, and beam once
+    runs = {cell["method"].rpartition("=")[2]: cell["drawn"]["runs"] for cell in cells.values()}
+    assert runs["x0"][0]["moves"]["fuse"]
+    assert sum(runs["x0"][0]["fusions"].values())
+    assert runs["go_back"][0]["moves"]["go_back"]
+    assert runs["beam"][0]["moves"] == {}
+
+
 def test_bench_compares_stride_policies_in_trees_and_in_plain_samples(
     capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
 ) -> None:
@@ -575,6 +593,7 @@ def test_an_argument_that_cannot_be_read_exits_with_two(
         (["--strategies", "mctd:stride_policy=fixed:0"], "stride_policy is 'fixed:0'"),
         (["--stride-policies", "even", "--strategies", "mctd"], "stride_policy is 'even'"),
         (["--evaluations", "8"], "--stride-policies uniform,ays,gits,ige"),
+        (["--fusions", "x1", "--strategies", "mctd"], "--fusions names 'x1'"),
         (["--evaluations", "16", "--stride-policies", "ays"], "from 1 to 15"),
         (["--evaluations", "0", "--stride-policies", "ays"], "at least 1"),
         (

@@ -77,6 +77,13 @@ def bench(
             help="With commas between them: each strategy with strides, by each of these."
         ),
     ] = None,
+    fusions: Annotated[
+        str | None,
+        typer.Option(
+            help="With commas between them: each strategy with third moves, by each of these: "
+            "'none', a method of fusion, 'go_back', 'resample', or 'bandit' for all three."
+        ),
+    ] = None,
     evaluations: Annotated[
         str | None,
         typer.Option(
@@ -149,6 +156,7 @@ def bench(
             limit=limit,
             strategies=strategies,
             stride_policies=stride_policies,
+            fusions=fusions,
             budgets=budgets,
             seeds=seeds,
             num_steps=steps,
@@ -226,6 +234,7 @@ def _read_plan(
     limit: int | None,
     strategies: str,
     stride_policies: str | None,
+    fusions: str | None,
     budgets: str,
     seeds: str,
     **settings: Any,
@@ -247,7 +256,11 @@ def _read_plan(
         suite=name,
         prompts=texts,
         kinds=kinds,
-        methods=tuple(read_methods(strategies, names_in(stride_policies))),
+        methods=tuple(
+            arm
+            for method in read_methods(strategies, names_in(stride_policies))
+            for arm in _by_fusion(method, names_in(fusions), on_mixtures=name == _MIXTURE)
+        ),
         budgets=parse_budgets(budgets),
         seeds=whole_numbers(seeds, "--seeds", least=0),
         **settings,
@@ -290,6 +303,45 @@ def read_methods(text: str, policies: Sequence[str]) -> Iterator[Method]:
             by_policy = replace(strategy, stride_policy=policy)
             is_same = by_policy == strategy
             yield method if is_same else Method(f"{label}:stride_policy={policy}", by_policy)
+
+
+def _by_fusion(method: Method, fusions: Sequence[str], *, on_mixtures: bool) -> Iterator[Method]:
+    """A method by each fusion, or other third move, if it has third moves.
+
+    Raises:
+        ConfigError: one is not known, or not on mixtures.
+    """
+    strategy: Any = method.strategy
+    if not fusions or not hasattr(strategy, "third_moves"):
+        yield method
+        return
+    for name in fusions:
+        by_fusion = replace(strategy, **_third_moves_of(name, on_mixtures=on_mixtures))
+        is_same = by_fusion == strategy
+        yield (
+            method
+            if is_same
+            else method._replace(label=f"{method.label}:fusion={name}", strategy=by_fusion)
+        )
+
+
+def _third_moves_of(name: str, *, on_mixtures: bool) -> dict[str, Any]:
+    """The settings of a strategy that an entry of ``--fusions`` stands for."""
+    from mctd_diffusers.denoising.fusion import DEFAULT_FUSION, FUSIONS
+    from mctd_diffusers.search.strategies.third_moves import THIRD_MOVES
+
+    others = {"none": (), "bandit": THIRD_MOVES, "go_back": ("go_back",), "resample": ("resample",)}
+    if name in others:
+        return {"third_moves": others[name], "fusion": DEFAULT_FUSION}
+    if name not in FUSIONS:
+        known = dict.fromkeys((*others, *FUSIONS))
+        raise ConfigError(f"--fusions names {name!r}; give some of {', '.join(known)}")
+    if on_mixtures and name in ("tokens", "pixel", "features"):
+        raise ConfigError(
+            f"--fusions names {name!r}, which works on pictures, and points of mixtures are none: "
+            "leave it out with --suite mixture"
+        )
+    return {"third_moves": ("fuse",), "fusion": name}
 
 
 def names_in(text: str | None) -> list[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from torch import Tensor
 
 from mctd_diffusers.denoising.denoiser import FeatureTap
-from mctd_diffusers.denoising.fusion import resolve_fusion
+from mctd_diffusers.denoising.fusion import VERDICTS, resolve_fusion
 from mctd_diffusers.denoising.protocols import Decoder, Encoder, FeatureDecoder
 from mctd_diffusers.errors import ConfigError
+from mctd_diffusers.search.bandit import MoveMade
 from mctd_diffusers.search.budget import NOTHING
 from mctd_diffusers.search.environment import Counts
 
@@ -33,6 +36,11 @@ class FusionParts:
     encoder: Encoder | None = None
     map_block: str | None = None
     spends: Counts = NOTHING
+
+
+def verdict_counts(moves: Sequence[MoveMade]) -> dict[str, int]:
+    """How many groups of particles were to be fused in some moves, by the words of the verdict."""
+    return dict(Counter(VERDICTS[verdict] for move in moves for verdict in move.verdicts))
 
 
 NO_FUSION: Final = FusionParts()

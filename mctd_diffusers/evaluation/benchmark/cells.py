@@ -9,14 +9,16 @@ made with other weights or other code is made again.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
+from mctd_diffusers.denoising.fusing import verdict_counts
 from mctd_diffusers.evaluation.benchmark.plan import BenchPlan, Method, Task
 from mctd_diffusers.evaluation.metrics import vendi_score
 from mctd_diffusers.files import make_folder, write_text
@@ -43,6 +45,8 @@ class Run:
         reward_calls: images scored by the reward.
         stop_reason: why the search ended.
         history: ``[nfe, best reward so far]`` at every sample better than those before.
+        moves: how often each kind of move was made, where a search chooses among them.
+        fusions: what became of groups of particles that were to be fused, by verdict.
     """
 
     prompt: str
@@ -60,6 +64,8 @@ class Run:
     reward_calls: int
     stop_reason: str
     history: list[list[float]]
+    moves: dict[str, int] = field(default_factory=dict)
+    fusions: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,8 @@ def run_of(
         reward_calls=spent.reward_calls,
         stop_reason=result.stop_reason,
         history=[[nfe, reward] for nfe, reward in result.history],
+        moves=dict(Counter(made.move for made in result.moves_made)),
+        fusions=verdict_counts(result.moves_made),
     )
 
 
