@@ -151,7 +151,9 @@ def test_groups_do_not_change_each_other(method: str) -> None:
 @each_method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_precision_stays_what_it_was(method: str, dtype: torch.dtype) -> None:
-    fused = fuse(method, made(3, dtype=dtype), seed=0, codec=Doubling())
+    particles = made(3, dtype=dtype)
+    particles = replace(particles, weights=particles.weights.double())
+    fused = fuse(method, particles, seed=0, codec=Doubling())
     assert fused.latents.dtype == fused.clean.dtype == dtype
     assert fused.latents.shape == (4, 8, 8)
     assert torch.isfinite(fused.latents).all()
