@@ -22,8 +22,8 @@ class MCTDStableDiffusionXLPipeline(UNetFamily, StableDiffusionXLPipeline):
 
     This model inherits from [`MCTDPipeline`] and [`StableDiffusionXLPipeline`]. Check the latter
     for the generic methods (downloading, saving, offloading, LoRA, IP adapters, textual inversion)
-    and its components. A search finishes its samples, so it takes no `denoising_end`: a refiner
-    goes over the pictures that it found, as a [`StableDiffusionXLImg2ImgPipeline`].
+    and its components. A search finishes its samples, so it takes no `denoising_end`: a refiner, a
+    [`StableDiffusionXLImg2ImgPipeline`], goes over the latents or pictures that it found.
     """
 
     def _fill_in(self, stock: dict[str, Any]) -> None:
@@ -36,8 +36,9 @@ class MCTDStableDiffusionXLPipeline(UNetFamily, StableDiffusionXLPipeline):
         if stock["denoising_end"] is not None:
             raise ConfigError(
                 f"denoising_end={stock['denoising_end']} ends a sample before it is finished, and "
-                "a search scores finished ones: leave it out, and refine the pictures afterwards, "
-                "refiner(prompt, image=out.images, strength=0.3); or call with search=None"
+                "a search scores finished ones: leave it out, search with output_type='latent' and "
+                "refine what is found, refiner(prompt, image=out.images, strength=0.3); or call "
+                "with search=None"
             )
         if self.text_encoder_2 is None and stock["prompt_embeds"] is None:
             raise ConfigError("the pipeline has no text_encoder_2: pass prompt_embeds=... instead")

@@ -87,7 +87,7 @@ class TransformerFamily(MCTDPipeline):
         super()._check_inputs(stock)
 
     def _check_transformer(self, stock: dict[str, Any]) -> None:
-        """Refuse prompts that nothing reads, and a transformer that remembers its last call."""
+        """Refuse prompts that nothing reads, and a transformer that is none of this family's."""
         lacking = [name for name in READERS if getattr(self, name, self) is None]
         if lacking and any(stock.get(name) is not None for name in TEXT_ARGUMENTS):
             raise ConfigError(
@@ -98,6 +98,14 @@ class TransformerFamily(MCTDPipeline):
             raise ConfigError(
                 "the transformer's cache keeps what it computed a step ago, and a search goes from "
                 "one sample to another: call pipe.transformer.disable_cache() first"
+            )
+        config = self.transformer.config
+        given = config.get("out_channels") or config.in_channels
+        if given not in (config.in_channels, self._latent_channels):
+            raise ConfigError(
+                f"the {type(self.transformer).__name__} gives {given} channels for latents of "
+                f"{config.in_channels}, which the stock pipeline does not step: load the "
+                "transformer of a text-to-image model"
             )
 
     def _latent_shape(self, stock: dict[str, Any]) -> tuple[int, ...]:

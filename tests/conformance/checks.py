@@ -382,6 +382,14 @@ class ConformanceChecks:
         pipe.vae.register_to_config(latent_channels=7, z_dim=7)
         self.refused(pipe, ConfigError, "the vae decodes latents of 7 channels")
 
+    def test_a_denoiser_of_other_outputs_is_refused(self) -> None:
+        pipe = self.make_pipe()
+        denoiser = pipe.components[self.denoiser_of(pipe)]
+        channels = denoiser.config.in_channels
+        denoiser.register_to_config(out_channels=2 * channels)
+        complaint = f"gives {2 * channels} channels for latents of {channels}"
+        self.refused(pipe, ConfigError, complaint)
+
     def test_half_precision_on_a_cpu_is_refused(self) -> None:
         pipe = self.make_pipe().to(torch.float16)
         self.refused(pipe, ConfigError, "is in float16 on the CPU.*float32")

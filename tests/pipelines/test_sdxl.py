@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.families.parts import UpcastDecoder
@@ -236,28 +236,44 @@ def test_pictures_are_marked_as_the_stock_pipeline_does_and_rewards_see_no_mark(
 # A refiner
 
 
-def test_a_refiner_goes_over_what_a_search_found(pipe: Any) -> None:
-    components = {name: pipe.components[name] for name in tiny_xl.make_components()}
-    refiner = StableDiffusionXLImg2ImgPipeline(**components)
-    refiner.set_progress_bar_config(disable=True)
-    call = {"search": "mctd", "compute": 3, "num_inference_steps": 4}
-    for output_type in ("pil", "latent"):
-        found = pipe("a red cat", generator=seeded(0)[0], output_type=output_type, **call)
-        refined = refiner(
-            "a red cat",
-            image=found.images,
-            strength=0.5,
-            num_inference_steps=4,
-            output_type="pt",
-            generator=seeded(0)[0],
-        )
-        assert refined.images.shape == (1, 3, 16, 16)
+def refined(image: Any, prompts: int = 1) -> torch.Tensor:
+    """What the stock refiner makes of latents, or of pictures."""
+    images: torch.Tensor = tiny_xl.make_refiner()(
+        ["a red cat"] * prompts,
+        image=image,
+        strength=0.5,
+        num_inference_steps=4,
+        output_type="pt",
+        generator=seeded(0)[0],
+    ).images
+    return images
+
+
+@pytest.mark.parametrize("output_type", ["latent", "pil"])
+def test_a_refiner_makes_of_a_sample_what_it_makes_of_the_stock_one(
+    stock: Any, pipe: Any, output_type: str
+) -> None:
+    call = {"num_inference_steps": 4, "output_type": output_type}
+    theirs = refined(stock("a red cat", generator=seeded(0)[0], **call).images)
+    ours = refined(best_of_one(pipe, "a red cat", generator=seeded(0)[0], **call).images)
+    assert torch.equal(ours, theirs)
+
+
+def test_a_refiner_goes_over_all_that_a_search_found(pipe: Any) -> None:
+    call = {"search": "mctd", "compute": 4, "num_inference_steps": 4, "output_type": "latent"}
+    out = pipe(["a red cat", "two dogs"], generator=seeded(0, 1), **call)
+    pictures = refined(out.images, prompts=2)
+    assert pictures.shape == (2, 3, 16, 16)
+    assert torch.isfinite(pictures).all()
+    best = torch.stack([sample.latents for sample in out.search[0].top(2)])
+    assert torch.equal(best[0], out.images[0])
+    assert torch.isfinite(refined(best, prompts=2)).all()
 
 
 def test_a_search_finishes_its_samples(stock: Any, pipe: Any) -> None:
     with (
         counted_rows(pipe.unet) as rows,
-        pytest.raises(ConfigError, match=r"denoising_end=0\.8 ends .* strength=0\.3"),
+        pytest.raises(ConfigError, match=r"denoising_end=0\.8 .*output_type='latent'.*strength="),
     ):
         pipe("a red cat", denoising_end=0.8, **CALL)
     assert not rows()

@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tests.pipelines import tiny
 
 PROJECTION = 16
 SIZES_AND_CROPS = 6
+SIZES_AND_SCORE = 5
 
 
 def make_components(scheduler: str = "euler", seed: int = 0, **vae: Any) -> dict[str, Any]:
@@ -67,3 +73,19 @@ def make_stock(scheduler: str = "euler", seed: int = 0, **vae: Any) -> StableDif
     pipe = StableDiffusionXLPipeline(**make_components(scheduler, seed, **vae))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def make_refiner(seed: int = 7) -> StableDiffusionXLImg2ImgPipeline:
+    """A refiner as it is published: one text encoder, and a score of beauty beside the sizes."""
+    parts = make_components(seed=seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel.from_config(
+            parts["unet"].config,
+            cross_attention_dim=32,
+            projection_class_embeddings_input_dim=SIZES_AND_SCORE * 8 + PROJECTION,
+        )
+    parts |= {"unet": unet.eval(), "text_encoder": None, "tokenizer": None}
+    refiner = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True)
+    refiner.set_progress_bar_config(disable=True)
+    return refiner
