@@ -144,6 +144,19 @@ mctds = st.builds(
     finish=st.integers(1, 3),
     backup=st.sampled_from(("max", "mean", "soft")),
 )
+pruning_mctds = st.builds(
+    partial(built, MCTD),
+    candidates=st.none() | st.integers(2, 6),
+    strides=st.sampled_from(((1,), (1, 2, 4))),
+    first_share=st.sampled_from((0.2, 0.5, 0.9)),
+    wave_size=st.integers(1, 3),
+    seed_share=st.sampled_from((0.0, 0.5)),
+    pruning=st.sampled_from(("bounds", "siblings", "memory", "all", "siblings+bounds")),
+    pruning_confidence=st.sampled_from((0.0, 1.0, 2.0)),
+    least_gain=st.sampled_from((0.02, 0.1, 1.0)),
+    max_live=st.sampled_from((1, 8, 24)),
+    third_moves=st.sampled_from(((), ("fuse", "go_back", "resample"))),
+)
 mctds_with_third_moves = st.builds(
     partial(built, MCTD),
     strides=st.sampled_from(((1,), (1, 2, 4))),
@@ -218,6 +231,7 @@ searches = (
     | evolutions
     | mctds
     | mctds_with_third_moves
+    | pruning_mctds
     | noise_searches
     | rollovers
     | smcs

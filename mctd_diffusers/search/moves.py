@@ -24,6 +24,7 @@ from mctd_diffusers.search.environment import (
     Perturb,
     PredictGain,
     RelativeChange,
+    Release,
     Renoise,
     Reply,
     Reset,
@@ -58,6 +59,7 @@ from mctd_diffusers.search.tree import (
     backup,
     common_ancestor,
     issue_seeds,
+    prune_alone,
     record_stride_choice,
 )
 
@@ -567,6 +569,19 @@ def _choose_alike(
         if stride is not None:
             return StrideChoice(stride, "fallback" if policy.target else policy.kind)
     return StrideChoice(even, "fallback")
+
+
+def forget(problem: Problem, nodes: Sequence[int], *, rule: str) -> Asks:
+    """Prune nodes, each alone, and release their samples; asks nothing if none is live.
+
+    Args:
+        problem: the image.
+        nodes: rows; lazy children that were made from them stay good.
+        rule: name of what prunes them.
+    """
+    handles = prune_alone(problem.tree, nodes, rule=rule)
+    if handles:
+        yield Release(np.array(handles, dtype=np.int64))
 
 
 def back_up(problem: Problem, leaves: Sequence[int]) -> None:

@@ -9,6 +9,7 @@ from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.bandit import MoveMade
 from mctd_diffusers.search.budget import NOTHING, REWARD_SPENDS, VALUE_SPENDS, Account, Budget
 from mctd_diffusers.search.environment import Counts, Prices
+from mctd_diffusers.search.pruning import Savings
 from mctd_diffusers.search.tree import Tree
 
 
@@ -36,6 +37,7 @@ class Problem:
         tree: the search tree, empty but for its root.
         account: what is spent and what is left; the runner keeps it up to date.
         moves_made: what a search that chooses among kinds of moves made, in order.
+        savings: what pruning has saved.
     """
 
     index: int
@@ -54,6 +56,7 @@ class Problem:
     tree: Tree = field(init=False, compare=False, repr=False)
     account: Account = field(init=False, compare=False, repr=False)
     moves_made: list[MoveMade] = field(init=False, compare=False, repr=False)
+    savings: Savings = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -71,6 +74,7 @@ class Problem:
         object.__setattr__(self, "tree", Tree(self.root_seed))
         object.__setattr__(self, "account", account)
         object.__setattr__(self, "moves_made", [])
+        object.__setattr__(self, "savings", Savings())
 
 
 def _check_stride_costs(costs: tuple[tuple[float, ...], ...], num_steps: int) -> None:

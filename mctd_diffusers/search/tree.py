@@ -146,6 +146,7 @@ class Tree:
         self._node_of: dict[int, int] = {}
         self._issued: dict[tuple[int, int, int], int] = {}
         self._fusions: dict[int, Fusion] = {}
+        self._pruned: dict[int, str] = {}
         _append(self, NO_PARENT, seed=root_seed)
 
     # One declaration a column, so that readers and type checkers find them.
@@ -288,6 +289,11 @@ class Tree:
         """What a fused node was made of; ``None`` of all others."""
         self._check(node)
         return self._fusions.get(node)
+
+    def pruned_by(self, node: int) -> str | None:
+        """Name of the rule that pruned a node; ``None`` while it is live, or for no rule."""
+        self._check(node)
+        return self._pruned.get(node)
 
     def node_of(self, handle: int) -> int:
         """Row of the node that has ``handle``.
@@ -572,27 +578,50 @@ def reroot(tree: Tree, node: int) -> Tree:
         for node, fusion in tree._fusions.items()
         if all(row in new_row for row in (node, *fusion.particles))
     }
-    return _from_columns(tree.root_seed, columns, issued, fused)
+    pruned = {new_row[row]: rule for row, rule in tree._pruned.items() if row in new_row}
+    return _from_columns(tree.root_seed, columns, issued, fused, pruned)
 
 
-def prune(tree: Tree, node: int) -> list[int]:
+def prune(tree: Tree, node: int, *, rule: str | None = None) -> list[int]:
     """Mark ``node`` and its descendants as no longer live.
 
     Returns:
         Handles of those that were live until now, to be released.
     """
-    rows = [int(row) for row in subtree(tree, node) if tree._live[row]]
+    return prune_alone(tree, subtree(tree, node).tolist(), rule=rule)
+
+
+def prune_alone(tree: Tree, nodes: Sequence[int], *, rule: str | None = None) -> list[int]:
+    """Mark ``nodes`` as no longer live, and none of their descendants, which stay good without.
+
+    Args:
+        tree: of the search.
+        nodes: rows; those that are not live any more stay as they are.
+        rule: name of what prunes them, see :meth:`Tree.pruned_by`.
+
+    Returns:
+        Handles of those that were live until now, to be released.
+    """
+    rows = [row for row in dict.fromkeys(nodes) if tree._live[row]]
     tree._live[rows] = False
+    if rule is not None:
+        tree._pruned.update(dict.fromkeys(rows, rule))
     return [int(tree._handle[row]) for row in rows if tree._handle[row] != NO_HANDLE]
 
 
 def to_json(tree: Tree) -> str:
-    """The whole tree as JSON text: root seed, columns (NaN as null), seeds given out, fusions."""
+    """The whole tree as JSON text: root seed, columns (NaN as null), seeds, fusions, the pruned."""
     columns = {name: _plain(getattr(tree, name)) for name in _COLUMNS}
     issued = [[*key, count] for key, count in sorted(tree._issued.items())]
     fused = [[node, *fusion] for node, fusion in sorted(tree._fusions.items())]
     return json.dumps(
-        {"root_seed": tree.root_seed, "issued": issued, "fusions": fused, "columns": columns}
+        {
+            "root_seed": tree.root_seed,
+            "issued": issued,
+            "fusions": fused,
+            "pruned": sorted(tree._pruned.items()),
+            "columns": columns,
+        }
     )
 
 
@@ -608,7 +637,7 @@ def from_json(text: str) -> Tree:
         node: Fusion(tuple(particles), tuple(weights), method)
         for node, particles, weights, method in saved["fusions"]
     }
-    return _from_columns(saved["root_seed"], columns, issued, fused)
+    return _from_columns(saved["root_seed"], columns, issued, fused, dict(saved["pruned"]))
 
 
 def _from_columns(
@@ -616,6 +645,7 @@ def _from_columns(
     columns: dict[str, npt.NDArray[Any]],
     issued: dict[tuple[int, int, int], int],
     fused: dict[int, Fusion],
+    pruned: dict[int, str],
 ) -> Tree:
     tree = Tree(root_seed)
     tree._views.clear()
@@ -633,6 +663,7 @@ def _from_columns(
     }
     tree._issued = dict(issued)
     tree._fusions = dict(fused)
+    tree._pruned = dict(pruned)
     return tree
 
 

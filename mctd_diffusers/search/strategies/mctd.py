@@ -30,6 +30,10 @@ Then, until the budget is spent:
 With ``third_moves`` a share of the coarse rollouts, and any wave but the first, may begin
 elsewhere: at what several samples fuse into, at the best sample noised again, or at one drawn by
 weight, see ``third_moves.py``. A bandit chooses by what each kind of move gained for its cost.
+
+With ``pruning``, what cannot win is given up midway: coarse rollouts and greedy ones, candidates of
+an edge that are not worth trying any more, and stored samples that nothing would go on from, see
+``pruning.py``. What that saves is not spent: the search ends earlier.
 """
 
 from __future__ import annotations
@@ -50,16 +54,29 @@ from mctd_diffusers.search.moves import (
     back_up,
     choose_strides,
     denoise,
+    denoise_missing,
     draw,
     finish,
     finish_plainly,
+    forget,
     gather,
+    predict_gain,
     reward,
     step,
     step_by,
     value,
 )
 from mctd_diffusers.search.problem import Problem
+from mctd_diffusers.search.pruning import (
+    UNUSED,
+    beaten_particles,
+    is_hopeless,
+    lacks_more,
+    least_valuable,
+    parse_pruning,
+    pays_another,
+    still_resolved,
+)
 from mctd_diffusers.search.selection import (
     best_first,
     calibrated,
@@ -82,6 +99,7 @@ from mctd_diffusers.search.strides import (
     Plan,
     PlanShape,
     coarsest_strides,
+    expected_maximum,
     plan_rollout,
 )
 from mctd_diffusers.search.tree import (
@@ -95,6 +113,8 @@ from mctd_diffusers.search.widening import may_widen_progressively
 
 _BACKUPS: Final = ("max", "mean", "soft")
 _SEEDS_AT_ONCE: Final = 16  # in one call of each kind, and where no budget bounds their number
+_COARSE_AT_ONCE: Final = 8  # of coarse rollouts, where the first ones may prune the others
+_SIBLINGS_AT_ONCE: Final = 2  # of an edge, where the first ones may prune the others
 
 
 @dataclass(frozen=True)
@@ -149,6 +169,11 @@ class MCTD:
             moved the typical particle's by; infinity asks nothing.
         fused_prior: what a fused node is worth before its first visit, the ``"weighted"`` or the
             ``"plain"`` mean of its particles.
+        pruning: rules joined by ``+``, of ``"bounds"``, ``"siblings"``, ``"gain"``, ``"memory"``
+            and ``"particles"``; ``"all"`` but the one that needs a gain model, or ``"none"``.
+        pruning_confidence: standard deviations between a value and its upper bound.
+        least_gain: of one more sibling, in units of what rewards differ by, 0 to 1.
+        max_live: evaluated samples that stay live under the rule ``"memory"``.
     """
 
     candidates: int | None = None
@@ -180,11 +205,15 @@ class MCTD:
     third_exploration: float = 0.5
     max_inconsistency: float = 1.5
     fused_prior: Literal["weighted", "plain"] = "weighted"
+    pruning: str = "none"
+    pruning_confidence: float = 2.0
+    least_gain: float = 0.02
+    max_live: int = 48
 
     def __post_init__(self) -> None:
         if self.candidates is not None:
             check_setting("candidates", self.candidates, 1, whole=True)
-        for name in ("wave_size", "finish"):
+        for name in ("wave_size", "finish", "max_live"):
             check_setting(name, getattr(self, name), 1, whole=True)
         for name in (
             "edge_gain",
@@ -194,6 +223,7 @@ class MCTD:
             "branch_eta",
             "widening_exponent",
             "third_share",
+            "least_gain",
         ):
             check_setting(name, getattr(self, name), 0, 1)
         for name in (
@@ -204,6 +234,7 @@ class MCTD:
             "brake_nats",
             "temperature",
             "error_tolerance",
+            "pruning_confidence",
         ):
             check_setting(name, getattr(self, name), 0)
         if not self.first_share:
@@ -214,6 +245,7 @@ class MCTD:
             )
         if self.backup not in _BACKUPS:
             raise ConfigError(f"backup is {self.backup!r}; give one of {', '.join(_BACKUPS)}.")
+        parse_pruning(self.pruning)
         object.__setattr__(self, "strides", tuple(self.strides))
         if 1 not in self.strides or min(self.strides) < 1:
             raise ScheduleError(f"strides are {self.strides}; they must be at least 1 and hold 1.")
@@ -263,6 +295,11 @@ class MCTD:
             exploration=self.third_exploration,
         )
 
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """Names of its rules of pruning."""
+        return parse_pruning(self.pruning)
+
     def stride_set(self, num_steps: int) -> tuple[int, ...]:
         """The strides without those that leave the data; `Problem.stride_costs` must be of them."""
         return tuple(k for k in self.strides if k == 1 or 4 * k <= num_steps)
@@ -272,7 +309,8 @@ class MCTD:
         check_costs(problem.stride_costs, self.policy, self.stride_set(problem.num_steps))
         seeds = yield from self._seed(problem)
         others = yield from self._finish_coarsely(problem, seeds)
-        start = _most_promising(problem.tree, [*others, *seeds]) if seeds else ROOT
+        seeds = [seed for seed in (*others, *seeds) if problem.tree.live[seed]]
+        start = _most_promising(problem.tree, seeds) if seeds else ROOT
         wave = self._first_wave(problem, start) or self._first_wave(problem, ROOT)
         if not wave:
             if not seeds:  # the account pays for a sample, not for valuing to choose it by
@@ -291,14 +329,15 @@ class MCTD:
                     settle(problem.tree, node)
             for leaves in finished:
                 back_up(problem, leaves)
-            standard = standard or _standard(problem.tree, *wave[0], leaf=finished[0][0])
+            standard = standard or _standard(problem.tree, *wave[0], leaves=finished[0])
+            yield from self._prune_stored(problem)
             if move is not None:
                 move.close()
             if not self.third_moves:
                 wave = self._select_wave(problem, standard)
             else:
                 wave, move = yield from self._choose_wave(problem, standard)
-        return "budget"
+        return "exhausted" if problem.savings.evaluations else "budget"
 
     # ---- 0. seeds and coarse rollouts
 
@@ -311,6 +350,7 @@ class MCTD:
         edges = self._seed_strides(problem.num_steps)
         guidance = self._guidance(problem, self.value_guidance)
         count = self._num_seeds(problem, 1 + len(edges))
+        left = problem.account.evaluations_left - count * (1 + len(edges))
         seeds: list[int] = []
         while len(seeds) < count:
             nodes = yield from draw(problem, min(_SEEDS_AT_ONCE, count - len(seeds)))
@@ -320,6 +360,8 @@ class MCTD:
             yield from denoise(problem, nodes)
             yield from value(problem, nodes, guidance=guidance)
             seeds += nodes
+            if self.rules:
+                yield from self._release_seeds(problem, seeds, left)
         return seeds
 
     def _num_seeds(self, problem: Problem, evaluations: int) -> int:
@@ -346,12 +388,11 @@ class MCTD:
             return []
         account = problem.account
         strides = self._coarse_strides(problem)
-        share = self.coarse_share / (1 - self.seed_share) if self.seed_share < 1 else 1.0
-        evaluations = len(strides) - 1
-        most = len(seeds)
-        if account.evaluations_left != UNLIMITED and evaluations:
-            most = min(most, int(min(share, 1.0) * account.evaluations_left) // evaluations)
-        count = account.affordable(account.price(evaluations=evaluations, rewards=1), max(most, 1))
+        most = self._most_coarse(problem, len(seeds), account.evaluations_left)
+        values = len(strides) - 1 if self.rules else 0
+        price = account.price(evaluations=len(strides) - 1, values=values, rewards=1)
+        count = account.affordable(price, max(most, 1))
+        seeds = [seed for seed in seeds if problem.tree.live[seed]]
         best = [seeds[i] for i in best_first(problem.tree.value[seeds])[:count]]
         if not best:
             return []
@@ -361,7 +402,7 @@ class MCTD:
         yield from self._finish_alike(problem, best[:chosen])
         if chosen == len(best):
             return []
-        paid = (len(best) - chosen) * max(evaluations, 1)
+        paid = (len(best) - chosen) * max(len(strides) - 1, 1)
         others: list[int] = yield from self._finish_by_bandit(problem, best[chosen:], paid)
         return others
 
@@ -371,6 +412,7 @@ class MCTD:
         end = account.spent.nfe + evaluations * account.calls_per_step
         longest = len(coarsest_strides(problem.num_steps, self.stride_set(problem.num_steps)))
         others: list[int] = []
+        saved = problem.savings.evaluations
         while account.spent.nfe < end:
             move = OpenMove(problem)
             count = self.wave_size
@@ -385,8 +427,12 @@ class MCTD:
                 nodes = move.made.nodes
                 others += nodes
             else:
+                seeds = [seed for seed in seeds if problem.tree.live[seed]]
                 nodes, seeds = tuple(seeds[:count]), seeds[count:]
-                price = account.price(evaluations=longest * len(nodes), rewards=len(nodes))
+                values = longest * len(nodes) if self.rules else 0
+                price = account.price(
+                    evaluations=longest * len(nodes), values=values, rewards=len(nodes)
+                )
                 if not nodes or not account.affords(price):
                     break
             yield from gather(
@@ -396,6 +442,8 @@ class MCTD:
                 )
             )
             move.close()
+            end -= (problem.savings.evaluations - saved) * account.calls_per_step
+            saved = problem.savings.evaluations
         return others
 
     def _finish_alike(self, problem: Problem, nodes: list[int], *, redraws: bool = False) -> Asks:
@@ -404,12 +452,23 @@ class MCTD:
         strides = coarsest_strides(left, self.stride_set(problem.num_steps))
         etas = [self.branch_eta if redraws else None, *[None] * (len(strides) - 1)]
         guidance = self._guidance(problem, self.rollout_guidance)
+        if self.rules:
+            yield from self._finish_warily(problem, nodes, strides, etas, guidance)
+            return
         leaves = yield from finish(problem, nodes, strides=strides, etas=etas, guidance=guidance)
         back_up(problem, leaves)
 
     def _fusing_guidance(self, problem: Problem) -> float | None:
         """The guidance of estimates that are fused: as they are valued."""
         return self._guidance(problem, self.value_guidance)
+
+    def _most_coarse(self, problem: Problem, seeds: int, evaluations_left: int) -> int:
+        """Coarse rollouts of so many seeds that their share of what is left pays for."""
+        evaluations = len(self._coarse_strides(problem)) - 1
+        share = self.coarse_share / (1 - self.seed_share) if self.seed_share < 1 else 1.0
+        if problem.account.evaluations_left == UNLIMITED or not evaluations:
+            return seeds
+        return min(seeds, int(min(share, 1.0) * evaluations_left) // evaluations)
 
     def _coarse_strides(self, problem: Problem) -> tuple[int, ...]:
         """The strides of a coarse rollout from a seed."""
@@ -427,6 +486,104 @@ class MCTD:
         if share == 1 or problem.guidance_scale is None:
             return None
         return share * problem.guidance_scale
+
+    # ---- pruning
+
+    def _release_seeds(self, problem: Problem, seeds: list[int], evaluations: int) -> Asks:
+        """Forget what leads to seeds, and seeds that enough better ones are known of.
+
+        ``evaluations`` will be left when all seeds are valued.
+        """
+        tree = problem.tree
+        most = self._most_coarse(problem, len(seeds), evaluations)
+        beaten = [seeds[i] for i in best_first(tree.value[seeds])[max(most, 1) :]]
+        above = [row for seed in seeds for row in path_to_root(tree, seed)[1:-1]]
+        yield from forget(problem, beaten + above, rule=UNUSED)
+
+    def _finish_warily(
+        self,
+        problem: Problem,
+        seeds: list[int],
+        strides: tuple[int, ...],
+        etas: list[float | None],
+        guidance: float | None,
+    ) -> Asks:
+        """Finish seeds some at a time, and give up on the way what those before have beaten."""
+        savings = problem.savings
+        savings.hold(seeds)
+        for first in range(0, len(seeds), _COARSE_AT_ONCE):
+            nodes = seeds[first : first + _COARSE_AT_ONCE]
+            for edge, (stride, eta) in enumerate(zip(strides, etas, strict=True)):
+                yield from denoise_missing(problem, nodes)
+                if edge:
+                    yield from value(problem, nodes, guidance=guidance)
+                    nodes = yield from self._hopeful(problem, nodes, len(strides) - 1 - edge)
+                if not nodes:
+                    break
+                nodes = yield from step(problem, nodes, stride=stride, eta=eta, guidance=guidance)
+            if nodes:
+                yield from reward(problem, nodes)
+                back_up(problem, nodes)
+            savings.let_go(seeds[first : first + _COARSE_AT_ONCE])
+            yield from self._prune_stored(problem)
+
+    def _hopeful(self, problem: Problem, nodes: list[int], evaluations: int) -> Asks:
+        """Those of valued nodes that may still win; the others save ``evaluations`` and a score."""
+        hopeful = []
+        for node in nodes:
+            rule = yield from self._beaten_by(problem, node, self.pruning_confidence)
+            if rule is None:
+                hopeful.append(node)
+                continue
+            problem.savings.evaluations += evaluations
+            problem.savings.rewards += 1
+            yield from forget(problem, [node], rule=rule)
+        return hopeful
+
+    def _beaten_by(self, problem: Problem, node: int, confidence: float) -> Asks:
+        """The rule by which a valued node cannot win any more; ``None`` if it can."""
+        tree, num_steps = problem.tree, problem.num_steps
+        if "bounds" in self.rules and is_hopeless(
+            tree, node, num_steps=num_steps, confidence=confidence
+        ):
+            return "bounds"
+        if "gain" in self.rules:
+            left = num_steps - int(tree.step_index[node])
+            strides = [stride for stride in self.stride_set(num_steps) if stride <= left]
+            gains = yield from predict_gain(problem, [node], strides)
+            resolved = still_resolved(gains.log_variance[0], strides, left)
+            if lacks_more(tree, node, resolved, confidence=confidence):
+                return "gain"
+        return None
+
+    def _gives_up(self, problem: Problem, nodes: list[int], plan: Plan, edge: int) -> Asks:
+        """Whether a rollout that came to ``nodes`` (best first) is given up before ``edge``."""
+        rest = plan.candidates[edge:-1]
+        # Each edge that is left selects, which raises the outcome above what values promise.
+        selection = len(rest) ** self.edge_gain * expected_maximum(max(rest, default=1))
+        rule = yield from self._beaten_by(problem, nodes[0], self.pruning_confidence + selection)
+        if rule is None:
+            return False
+        problem.savings.evaluations += sum(rest)
+        problem.savings.rewards += self.finish
+        yield from forget(problem, nodes, rule=rule)
+        return True
+
+    def _prune_stored(self, problem: Problem) -> Asks:
+        """Release stored samples by the rules for them."""
+        tree = problem.tree
+        if "particles" in self.rules:
+            beaten = [
+                node
+                for node in beaten_particles(tree)
+                if not tree.in_flight[node] and not problem.savings.is_held(node)
+            ]
+            yield from forget(problem, beaten, rule="particles")
+        if "memory" in self.rules:
+            excess = least_valuable(
+                tree, problem.savings, num_steps=problem.num_steps, most=self.max_live
+            )
+            yield from forget(problem, excess, rule="memory")
 
     # ---- 1. select
 
@@ -529,7 +686,7 @@ class MCTD:
                 for child in tree.children(node)
                 if tree.step_index[child] < problem.num_steps - 1
                 and tree.evaluated[child]
-                and tree.live[child]
+                and _is_open(tree, child, problem.num_steps)
                 and (looks[child] or self._standard_plan(problem, child, standard, evaluations))
             ]
             plan = self._standard_plan(problem, node, standard, evaluations)
@@ -550,6 +707,8 @@ class MCTD:
         self, problem: Problem, node: int, standard: _Standard, evaluations: int
     ) -> Plan | None:
         """Plan from ``node`` with no fewer edges and candidates than the standard."""
+        if not problem.tree.live[node]:
+            return None
         done = int(problem.tree.step_index[node])
         edges = sum(step_index > done for step_index in standard.step_indices)
         plan = self._plan(problem, node, evaluations, least_edges=edges)
@@ -631,33 +790,54 @@ class MCTD:
 
     def _evaluations_left(self, problem: Problem, simulations: int) -> int:
         """Evaluations left, each valued, when so many simulations must still be scored."""
-        return problem.account.evaluations_left_for(rewards=self.finish * simulations)
+        savings = problem.savings
+        left = problem.account.evaluations_left_for(
+            rewards=self.finish * simulations + savings.rewards
+        )
+        return max(left - savings.evaluations, 0)
 
     # ---- 2. and 3. simulate and evaluate
 
     def _simulate(self, problem: Problem, start: int, plan: Plan) -> Asks:
-        """Greedy rollout: on each edge go on from the best candidate; returns finished nodes."""
+        """Greedy rollout: on each edge go on from the best candidate.
+
+        Returns:
+            Finished nodes; none where it was given up.
+        """
         guidance = self._guidance(problem, self.rollout_guidance)
         nodes = [start]
-        if start == ROOT:
-            nodes = yield from self._tried(problem, (yield from draw(problem, plan.candidates[0])))
-        for edge, count in enumerate(plan.candidates[:-1]):
-            choice = yield from self._choose(problem, nodes[0], plan.strides[edge:])
-            made = yield from step_by(
-                problem,
-                [nodes[0]] * count,
-                [choice] * count,
-                eta=self.branch_eta,
-                guidance=guidance,
+        savings = problem.savings
+        try:
+            if start == ROOT:
+                nodes = yield from draw(problem, plan.candidates[0])
+                savings.hold(nodes)
+                nodes = yield from self._tried(problem, nodes)
+            else:
+                savings.hold(nodes)
+            for edge, count in enumerate(plan.candidates[:-1]):
+                choice = yield from self._choose(problem, nodes[0], plan.strides[edge:])
+                made = yield from step_by(
+                    problem,
+                    [nodes[0]] * count,
+                    [choice] * count,
+                    eta=self.branch_eta,
+                    guidance=guidance,
+                )
+                savings.let_go(nodes)
+                nodes = made
+                savings.hold(nodes)
+                nodes = yield from self._tried(problem, nodes)
+                if self.rules and (yield from self._gives_up(problem, nodes, plan, edge + 1)):
+                    return []
+            chosen = nodes[: self.finish]
+            choice = yield from self._choose(problem, chosen[0], plan.strides[-1:])
+            leaves = yield from step_by(
+                problem, chosen, [choice] * len(chosen), eta=None, guidance=guidance
             )
-            nodes = yield from self._tried(problem, made)
-        chosen = nodes[: self.finish]
-        choice = yield from self._choose(problem, chosen[0], plan.strides[-1:])
-        leaves = yield from step_by(
-            problem, chosen, [choice] * len(chosen), eta=None, guidance=guidance
-        )
-        yield from reward(problem, leaves)
-        return leaves
+            yield from reward(problem, leaves)
+            return leaves
+        finally:
+            savings.let_go(nodes)
 
     def _choose(self, problem: Problem, node: int, planned: tuple[int, ...]) -> Asks:
         """The next stride from a node: as planned, or by a policy for as many edges as planned."""
@@ -676,11 +856,26 @@ class MCTD:
         return choice
 
     def _tried(self, problem: Problem, nodes: list[int]) -> Asks:
-        """Evaluate and value candidates; returns them best first."""
-        yield from denoise(problem, nodes)
+        """Evaluate and value candidates; returns them best first.
+
+        Where pruning says so, not all of them.
+        """
         guidance = self._guidance(problem, self.value_guidance)
-        values = yield from value(problem, nodes, guidance=guidance)
-        return [nodes[i] for i in best_first(values)]
+        tried, rest = nodes, []
+        if "siblings" in self.rules:
+            tried, rest = nodes[: 2 * _SIBLINGS_AT_ONCE], nodes[2 * _SIBLINGS_AT_ONCE :]
+        yield from denoise(problem, tried)
+        yield from value(problem, tried, guidance=guidance)
+        while rest and pays_another(problem.tree, tried, least_gain=self.least_gain):
+            some, rest = rest[:_SIBLINGS_AT_ONCE], rest[_SIBLINGS_AT_ONCE:]
+            yield from denoise(problem, some)
+            yield from value(problem, some, guidance=guidance)
+            tried = tried + some
+        problem.savings.evaluations += len(rest)
+        problem.savings.let_go(rest)
+        yield from forget(problem, rest, rule="siblings")
+        yield from self._prune_stored(problem)
+        return [tried[i] for i in best_first(problem.tree.value[tried])]
 
 
 class _Standard(NamedTuple):
@@ -695,10 +890,13 @@ class _Standard(NamedTuple):
     candidates: int
 
 
-def _standard(tree: Tree, start: int, plan: Plan, *, leaf: int) -> _Standard:
-    """The first rollout, which ended in ``leaf``, as a standard."""
-    ends = sorted(tree.step_index[path_to_root(tree, leaf)].tolist())
+def _standard(tree: Tree, start: int, plan: Plan, *, leaves: list[int]) -> _Standard:
+    """The first rollout, which ended in ``leaves`` or was given up, as a standard."""
     done = max(int(tree.step_index[start]), 0)
+    if leaves:
+        ends = sorted(tree.step_index[path_to_root(tree, leaves[0])].tolist())
+    else:
+        ends = (done + np.cumsum(plan.strides)).tolist()
     return _Standard(tuple(end for end in ends if end > done), plan.candidates[0])
 
 
@@ -713,6 +911,16 @@ def _by_step_index(tree: Tree, nodes: Sequence[int]) -> list[list[int]]:
     for node in nodes:
         groups.setdefault(int(tree.step_index[node]), []).append(node)
     return list(groups.values())
+
+
+def _is_open(tree: Tree, node: int, num_steps: int) -> bool:
+    """Whether a rollout can go on from an unfinished node, or from one below it."""
+    if tree.live[node]:
+        return True
+    return any(
+        tree.step_index[child] < num_steps and _is_open(tree, child, num_steps)
+        for child in tree.children(node)
+    )
 
 
 def _evaluations(start: int, plan: Plan) -> int:
