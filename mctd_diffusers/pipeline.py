@@ -91,6 +91,7 @@ from mctd_diffusers.models.feature_decoder import FeatureToLatent
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.models.refining import IGEUpdate, Refiner
 from mctd_diffusers.pipeline_folder import (
+    FEATURE_FOLDER,
     IGE_FOLDER,
     OUR_FOLDERS,
     OUR_KEY,
@@ -229,7 +230,8 @@ class MCTDPipeline(DiffusionPipeline):
     ige: InformationGainEvaluator | None
     feature_decoder: FeatureDecoder | None = None
     """Such as a [`FeatureToLatent`]: what `fusion="features"` maps fused features to latents by.
-    Without one it moves the samples' own patches. It is not saved with the pipeline."""
+    Without one it moves the samples' own patches. Read from the folder `feature_decoder` of a
+    pipeline's folder, where there is one; it is not saved with the pipeline."""
     _refiner: Refiner | None = None
 
     def _set_up_search(
@@ -344,6 +346,8 @@ class MCTDPipeline(DiffusionPipeline):
             )
         pipe: MCTDPipeline = super(MCTDPipeline, family).from_pretrained(source, **kwargs)
         pipe.reward_model = reward_model
+        if (folder / FEATURE_FOLDER).is_dir():
+            pipe.feature_decoder = FeatureToLatent.from_pretrained(folder / FEATURE_FOLDER)
         if kwargs.get("device_map") is not None:
             for part in (kwargs["preview_vae"] if preview_is_saved else None, ige):
                 if part is not None:
@@ -401,6 +405,7 @@ class MCTDPipeline(DiffusionPipeline):
         if name_or_path is not None:
             pipe.register_to_config(_name_or_path=name_or_path)
         pipe.hf_device_map = pipeline.hf_device_map
+        pipe.feature_decoder = getattr(pipeline, "feature_decoder", None)
         pipe.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         return pipe if dtype is None else pipe.to(dtype=dtype)
 

@@ -25,6 +25,7 @@ OUR_KEY = "_mctd"
 REWARD_FOLDER = "reward_model"
 PREVIEW_FOLDER = "preview_vae"
 IGE_FOLDER = "ige"
+FEATURE_FOLDER = "feature_decoder"
 OUR_FOLDERS = (IGE_FOLDER, PREVIEW_FOLDER, REWARD_FOLDER)
 
 

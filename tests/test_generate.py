@@ -93,6 +93,22 @@ def test_options_of_a_search_reach_it(
     assert "leave --half-latents out, or name a search" in said
 
 
+def test_fusions_are_reported_with_what_became_of_them(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    call = ["a cup", "--steps", 8, "--compute", 6, "--model", model, "--output", tmp_path]
+    status, out, err = run(capsys, "generate", *call, "--fusion", "resample", "--trees")
+    assert status == 0, err
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert report["fusion"] == "resample"
+    (image,) = report["searches"]["mctd"]["images"]
+    assert image["moves_made"]["fuse"]["times"]
+    made, became = image["moves_made"]["fuse"]["times"], image["fusions"]
+    assert f"{made} fuse" in out
+    assert all(f"{count} {verdict}" in out for verdict, count in became.items())
+    assert (tmp_path / "a-cup-tree.png").is_file()
+
+
 def test_a_search_that_goes_on_takes_no_other_settings(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -37,6 +37,7 @@ from mctd_diffusers.errors import ConfigError, SearchError
 
 if TYPE_CHECKING:
     from mctd_diffusers.pipeline import MCTDPipeline
+    from mctd_diffusers.results import ImageSearch
     from mctd_diffusers.viewing.comparison import Column
 
 _GO_ON_WITH = ("output", "model", "reward", "device", "trees", "resume", "save_every")
@@ -76,6 +77,10 @@ def generate(
             help="Score the plain sample too, out of the same budget; the answer is never worse.",
         ),
     ] = False,
+    fusion: Annotated[
+        str | None,
+        typer.Option(help="Let rollouts begin at fused samples too: a method's name, or 'auto'."),
+    ] = None,
     reward_prompt: Annotated[
         str | None, typer.Option(help="What the reward reads in place of the prompts.")
     ] = None,
@@ -168,7 +173,7 @@ def _extras(given: dict[str, Any], search: Any) -> dict[str, Any]:
     Raises:
         ConfigError: there are some, and no search.
     """
-    names = ("offload_latents", "half_latents", "include_plain", "reward_prompt")
+    names = ("offload_latents", "half_latents", "include_plain", "fusion", "reward_prompt")
     extras = {name: given[name] for name in names if given[name] not in (None, False)}
     if extras and search is None:
         written = [f"--{name.replace('_', '-')}" for name in extras]
@@ -365,7 +370,22 @@ def _write_pictures(
         found = column.rewards[i]
         scored = "" if found is None else f"  reward {found:.4g}"
         lines.append(f"{saved[-1]}{scored}  {column.nfe[i]} NFE")
+        if column.search is not None:
+            lines += _moves_in_words(column.search[i])
     return lines
+
+
+def _moves_in_words(found: ImageSearch) -> list[str]:
+    """Lines on the moves that a search chose among, and on what became of fusions."""
+    parts: dict[str, dict[str, Any]] = {
+        "moves": {move: sums["times"] for move, sums in found.moves_made.items()},
+        "fusions": found.fusions,
+    }
+    return [
+        f"  {name}: {', '.join(f'{count} {what}' for what, count in counts.items())}"
+        for name, counts in parts.items()
+        if counts
+    ]
 
 
 def _write_trees(

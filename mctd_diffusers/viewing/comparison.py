@@ -384,6 +384,8 @@ def comparison_report(
                     "stop_reason": found.stop_reason,
                     "finished": len(found.finished),
                     "history": [list(pair) for pair in found.history],
+                    "moves_made": found.moves_made,
+                    "fusions": found.fusions,
                 }
             images.append(entry)
         ledger = None if column.ledger is None else ledger_report(column.ledger, prices)
