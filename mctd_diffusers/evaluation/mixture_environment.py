@@ -72,7 +72,7 @@ class MixtureEnvironment:
         mixtures: the data of each problem.
         rewards: the reward of each problem.
         unconditional: the data of each problem without its prompt; ``None`` for no guidance.
-        sample_shape: axes of a sample for fusions, channels first; by default one channel.
+        sample_shape: axes of a sample for fusions, channels first; by default numbers of one channel.
         num_steps: steps of the schedule.
         schedule: path from noise to data, a name in ``ground_truth.SCHEDULES``.
         kernel: ``"ddim"``, or ``"exact"``, which knows neither guidance nor an ``eta`` below 1.
@@ -124,7 +124,7 @@ class MixtureEnvironment:
                 f"{'no' if unconditional is None else 'given'} unconditional mixtures; it knows "
                 "neither guidance nor another eta than 1."
             )
-        shape = sample_shape or (1, mixtures[0].dimensions)
+        shape = sample_shape or (mixtures[0].dimensions,)
         if math.prod(shape) != mixtures[0].dimensions:
             raise ConfigError(
                 f"sample_shape is {shape}, and mixtures have {mixtures[0].dimensions} dimensions; "
