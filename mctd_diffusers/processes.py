@@ -154,7 +154,7 @@ def search_in_processes(
             some = list(prompts[first : first + len(seeds)])
             generators = [torch.Generator().manual_seed(each) for each in seeds]
             try:
-                output = pipe(some, generator=generators, **call)
+                output = pipe(prompt=some, generator=generators, **call)
             except SearchError as error:
                 if error.partial is None:
                     raise

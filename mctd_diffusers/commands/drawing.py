@@ -69,7 +69,7 @@ def prices_of(pipe: MCTDPipeline, column: Column, call: dict[str, Any]) -> Any:
         return Prices() if column.ledger is None else column.ledger.prices
     kept = ("num_inference_steps", "guidance_scale", "rows_per_call", "search_scheduler")
     arguments = {name: call[name] for name in kept}
-    return pipe.estimate("a picture", search="best_of_n", compute=1.0, **arguments).prices
+    return pipe.estimate(prompt="a picture", search="best_of_n", compute=1.0, **arguments).prices
 
 
 def about(

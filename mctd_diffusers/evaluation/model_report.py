@@ -86,7 +86,7 @@ def draw_plain(
             part = list(prompts[start : start + batch_size])
             seeds = range(seed + start, seed + start + len(part))
             drawn = pipe(
-                part,
+                prompt=part,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 generator=[torch.Generator().manual_seed(one) for one in seeds],

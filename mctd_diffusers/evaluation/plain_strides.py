@@ -162,7 +162,7 @@ def _draw_each(
             BestOfN(n=1) if is_own else BestOfN(n=1, evaluations=evaluations, stride_policy=label)
         )
         output = pipe(
-            list(prompts),
+            prompt=list(prompts),
             num_inference_steps=evaluations if is_own else plan.num_steps,
             guidance_scale=plan.guidance_scale,
             generator=[torch.Generator().manual_seed(image_seed(p, seed)) for p in prompts],

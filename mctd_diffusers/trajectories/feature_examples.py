@@ -34,7 +34,7 @@ class MapReader:
     def __init__(self, pipe: MCTDPipeline, block: str, prompts: Sequence[str]) -> None:
         numbered = list(dict.fromkeys(prompts))
         world = pipe.open_world(
-            numbered,
+            prompt=numbered,
             num_inference_steps=2,  # of no account: states say where they are
             guidance_scale=1.0,
             generator=torch.Generator().manual_seed(0),

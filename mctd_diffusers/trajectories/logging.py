@@ -174,7 +174,7 @@ def open_shard(pipe: MCTDPipeline, settings: LogSettings, shard: Shard) -> World
     named = named_scheduler(shard.scheduler, pipe.scheduler.config)
     eta: dict[str, Any] = {"eta": named.eta} if named.eta else {}  # not all pipelines take one
     return pipe.open_world(
-        [settings.prompts[prompt] for prompt in shard.prompts],
+        prompt=[settings.prompts[prompt] for prompt in shard.prompts],
         num_inference_steps=shard.num_steps * shard.refinement,
         guidance_scale=settings.guidance_scale,
         **eta,

@@ -123,7 +123,7 @@ class Scorer:
 
     def __init__(self, pipe: MCTDPipeline, rows_per_call: int | None = None) -> None:
         world = pipe.open_world(
-            [""],
+            prompt=[""],
             num_inference_steps=2,
             rows_per_call=rows_per_call,
             search_scheduler=named_scheduler("DDIM", pipe.scheduler.config).scheduler,

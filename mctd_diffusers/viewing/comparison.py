@@ -156,7 +156,7 @@ def make_column(
     started = time.monotonic()
     stock = {name: given for name, given in call.items() if name not in SEARCH_ARGUMENTS}
     output = pipe(
-        list(prompts),
+        prompt=list(prompts),
         generator=generators(len(prompts), seed),
         output_type="pt",
         search=search,

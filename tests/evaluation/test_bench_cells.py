@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from mctd_diffusers.denoising.scheduler_names import named_scheduler
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.benchmark import identity
 from mctd_diffusers.evaluation.benchmark.cells import (
@@ -36,11 +37,12 @@ from mctd_diffusers.evaluation.benchmark.plan import (
     parse_budgets,
 )
 from mctd_diffusers.evaluation.benchmark.prompts import read_prompts
+from mctd_diffusers.evaluation.scheduler_effects.suite import open_world
 from mctd_diffusers.models.weights import weights_hash
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.rewards.brightness import brightness
 from mctd_diffusers.search.strategies import MCTD, Beam, BestOfN
-from tests.pipelines import tiny
+from tests.pipelines import tiny, tiny_sd3
 
 PLAN = BenchPlan(
     suite="grey",
@@ -378,6 +380,24 @@ def test_runs_of_a_pipeline_do_not_depend_on_the_chunks() -> None:
     searched = [run for (label, _), run in runs.items() if label == "mctd"]
     assert all(1 <= run["diversity"] <= run["finished"] for run in searched)
     assert all(run["previews"] > 0 for run in searched)
+
+
+def test_a_pipeline_without_an_eta_is_measured_and_its_schedulers_compared() -> None:
+    pipe = MCTDPipeline.from_pipe(tiny_sd3.make_stock(), reward_model=tiny.redness)
+    plan = tiny_plan(prompts=("a cup",), kinds=("one",), methods=(Method("best", BestOfN(n=1)),))
+    runs = runs_of(plan, PipelineSuite(pipe, RewardGold(brightness), plan))
+    assert {run["nfe"] for run in runs.values()} == {4, 8}
+    world = open_world(
+        pipe,
+        named_scheduler("FlowMatchEulerDiscreteScheduler", pipe.scheduler.config),
+        ["a cup"],
+        [0],
+        num_steps=4,
+        guidance_scale=4.0,
+        rows_per_call=1,
+        reward=None,
+    )
+    assert world.stepper.num_steps == 4
 
 
 def test_runs_on_mixtures_do_not_depend_on_the_chunks() -> None:

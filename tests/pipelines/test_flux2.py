@@ -11,6 +11,8 @@ from PIL import Image
 
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.pipeline import MCTDPipeline
+from mctd_diffusers.processes import search_in_processes
+from mctd_diffusers.viewing.comparison import make_column
 from tests.pipelines import tiny, tiny_flux2
 from tests.pipelines.family_tests import FamilyTests, counted_rows
 
@@ -56,6 +58,13 @@ class TestFlux2(Flux2Tests):
     @classmethod
     def make_stock(cls) -> Flux2Pipeline:
         return tiny_flux2.make_guided_stock()
+
+    def test_commands_draw_its_prompts_though_pictures_come_first(self, pipe: Any) -> None:
+        call = {**CALL, "num_inference_steps": 2, "compute": 1}
+        column = make_column(pipe, ["a cup"], "best", "best_of_n", seed=0, call=call)
+        assert column.nfe == [2]
+        (found,) = search_in_processes(pipe, ["a cup"], seed=0, search="best_of_n", **call).found
+        assert found.reward == column.rewards[0]
 
 
 @pytest.fixture(scope="module")

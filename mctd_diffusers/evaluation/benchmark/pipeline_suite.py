@@ -164,7 +164,7 @@ class PipelineSuite:
             "prompt": list(task.prompts),
             "num_inference_steps": task.num_steps,
             "guidance_scale": self._plan.guidance_scale,
-            "eta": self._eta,
+            **({"eta": self._eta} if self._eta else {}),  # not all pipelines take one
             "generator": generators,
             "output_type": "pt",
             "search": task.method.strategy,

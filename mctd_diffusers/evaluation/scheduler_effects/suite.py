@@ -162,11 +162,12 @@ def open_world(
         rows_per_call: latents in every call; ``None`` for what fits the device.
         reward: to search for.
     """
+    eta: dict[str, Any] = {"eta": named.eta} if named.eta else {}  # not all pipelines take one
     return pipe.open_world(
-        list(prompts),
+        prompt=list(prompts),
         num_inference_steps=num_steps,
         guidance_scale=guidance_scale,
-        eta=named.eta or 0.0,
+        **eta,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         search_scheduler=named.scheduler,
         rows_per_call=rows_per_call,
