@@ -598,3 +598,13 @@ def test_a_share_of_noise_outside_0_to_1_is_refused(eta: float) -> None:
 def test_a_beginning_outside_the_schedule_is_refused(begin_index: int) -> None:
     with pytest.raises(ScheduleError, match="begin_index"):
         Stepper(make_scheduler("ddim", 8), begin_index=begin_index)
+
+
+@pytest.mark.parametrize("name", ["dpm++", "unipc", "euler"])
+def test_of_a_finished_sample_a_solver_remembers_nothing(name: str) -> None:
+    stepper = Stepper(make_scheduler(name, 4))
+    latents, state = first_noise(make_scheduler(name, 4), 1, *SHAPE), stepper.initial_state()
+    for index in range(4):
+        assert len(state.history) >= (name != "euler" and index > 0)
+        latents, (state,) = stepper.step(latents, latents / 2, [state], [Action(1)], [index])
+    assert (state.step_index, state.visited, state.history) == (4, (), ())

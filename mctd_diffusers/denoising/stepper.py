@@ -448,11 +448,14 @@ class Stepper:
         """What a solver that stepped these samples remembers of each; it forgets them itself."""
         first = states[0]
         memory, tensors = self._memory.take(scheduler)
+        index = first.step_index + action.stride
         if is_midway:
             after = replace(first, memory=memory, midway=action)
+        elif index == self.num_steps:  # nothing steps on from there
+            return [SolverState(index, (), (), self._memory.blank)] * len(states)
         else:
             visited = self._memory.points((*first.visited, self._begin + first.step_index))
-            after = SolverState(first.step_index + action.stride, visited, (), memory)
+            after = SolverState(index, visited, (), memory)
         if not tensors:
             return [replace(after, history=())] * len(states)
         # Cloned, or one row would keep the memory of all.
