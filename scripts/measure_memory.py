@@ -4,7 +4,9 @@
 is none, and releases nothing. `calls` runs the stock pipelines and a search over them at the same
 batch, with networks of few channels and random weights: what is compared is what a search adds,
 which does not depend on how large the network is. Every measurement is a process of its own, of
-which the peak is reported: of the process on a CPU, of its tensors on an accelerator.
+which the peak is reported. On an accelerator that is of its tensors. On a CPU it is of the process;
+of the process where every larger block of memory is mapped by itself, so that there are no gaps in
+a heap; and of the tensors that operators answer with.
 
     python scripts/measure_memory.py nodes --nodes 10000
     python scripts/measure_memory.py calls
@@ -13,9 +15,11 @@ which the peak is reported: of the process on a CPU, of its tensors on an accele
 from __future__ import annotations
 
 import argparse
+import ctypes
 import multiprocessing
 import resource
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
@@ -32,6 +36,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mctd_diffusers.denoising.environment import LatentEnvironment
 from mctd_diffusers.denoising.protocols import Outputs
@@ -68,6 +74,52 @@ class Held(NamedTuple):
     seconds: float
     rest: int
     peak: int
+
+
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Adds up the memory of the tensors that operators answer with, for as long as they live.
+
+    Attributes:
+        now: bytes.
+        peak: bytes at most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.now = self.peak = 0
+        self._living: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        answer = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(answer):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return answer
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        name, size = storage._cdata, storage.nbytes()
+        if name in self._living:
+            return
+
+        def forget() -> None:
+            self._living.discard(name)
+            self.now -= size
+
+        self._living.add(name)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, forget)
+
+
+def map_large_blocks() -> None:
+    """Let GNU's C library map every block of 64 KiB or more by itself, and hand it back when freed.
+
+    By itself it takes blocks of up to 32 MiB from its heap once some of their size were freed, and
+    gaps between what is kept stay its own.
+    """
+    ctypes.CDLL(None).mallopt(-3, 64 * KIB)  # M_MMAP_THRESHOLD
 
 
 def measured(work: Callable[[], Any], device: str) -> Held:
@@ -204,18 +256,32 @@ def embedded_prompts(family: str, device: str) -> dict[str, Tensor]:
     return {name: torch.randn(*shape, device=device) for name, shape in names.items()}
 
 
-def run_call(family: str, search: str | None, batch: int, device: str) -> Held:
-    """One call: the stock pipeline's of a batch, or a search in calls of as many latents."""
+def run_call(
+    family: str, search: str | None, batch: int, device: str, counted: str, times: int
+) -> Held:
+    """Some calls: the stock pipeline's of a batch, or a search's in calls of as many latents."""
+    if counted == "without gaps":
+        map_large_blocks()
     torch.manual_seed(0)
-    stock = make_stock(family).to(device)
-    stock.set_progress_bar_config(disable=True)
+    pipe = make_stock(family).to(device)
     call = {"num_inference_steps": 2, "output_type": "pt", **embedded_prompts(family, device)}
     if search is None:
-        return measured(lambda: stock(**call, num_images_per_prompt=batch), device)
-    pipe = MCTDPipeline.from_pipe(stock, reward_model="brightness")
+        call["num_images_per_prompt"] = batch
+    else:
+        pipe = MCTDPipeline.from_pipe(pipe, reward_model="brightness")
+        call |= {"search": search, "compute": 3, "rows_per_call": batch, "reward_prompt": ""}
     pipe.set_progress_bar_config(disable=True)
-    call |= {"search": search, "compute": 3, "rows_per_call": batch, "reward_prompt": ""}
-    return measured(lambda: pipe(**call), device)
+
+    def work() -> None:
+        for _ in range(times):
+            pipe(**call)
+
+    if counted != "tensors" or device == "cuda":
+        return measured(work, device)
+    started = time.perf_counter()
+    with LiveTensors() as living:
+        work()
+    return Held(time.perf_counter() - started, 0, living.peak)
 
 
 # Tables
@@ -242,20 +308,23 @@ def print_nodes(nodes: int) -> None:
         )
 
 
-def print_calls(search: str, batch: int, device: str) -> None:
+def print_calls(search: str, batch: int, device: str, times: int) -> None:
     """The table of whole calls."""
-    print(f"| shapes | batch | stock MiB | {search} MiB | more |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    print(f"| shapes | counted | stock MiB | {search} MiB | more |")
+    print("| --- | --- | ---: | ---: | ---: |")
+    ways = ("tensors",) if device == "cuda" else ("process", "without gaps", "tensors")
     for family in ("sd15", "sdxl"):
-        stock, ours = (
-            in_fresh_process(run_call, family, name, batch, device) for name in (None, search)
-        )
-        grown, ours_grown = stock.peak - stock.rest, ours.peak - ours.rest
-        print(
-            f"| {family} | {batch} | {grown / 2**20:.0f} | {ours_grown / 2**20:.0f} | "
-            f"{ours_grown / grown - 1:+.0%} |",
-            flush=True,
-        )
+        for counted in ways:
+            stock, ours = (
+                in_fresh_process(run_call, family, name, batch, device, counted, times)
+                for name in (None, search)
+            )
+            grown, ours_grown = stock.peak - stock.rest, ours.peak - ours.rest
+            print(
+                f"| {family} | {counted} | {grown / 2**20:.0f} | {ours_grown / 2**20:.0f} | "
+                f"{ours_grown / grown - 1:+.1%} |",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -267,12 +336,13 @@ def main() -> None:
     calls = parts.add_parser("calls", help="peak of a call beside the stock pipeline's")
     calls.add_argument("--search", default="mctd")
     calls.add_argument("--batch", type=int, default=2)
+    calls.add_argument("--times", type=int, default=1, help="how often each is called")
     calls.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
     if given.part == "nodes":
         print_nodes(given.nodes)
     else:
-        print_calls(given.search, given.batch, given.device)
+        print_calls(given.search, given.batch, given.device, given.times)
 
 
 if __name__ == "__main__":
