@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -235,10 +236,12 @@ def main() -> None:
     ):
         clock.wrap(owner, name, phase)
     runs: dict[str, list[Run]] = {"stock": [], given.search: []}
-    for _ in range(given.runs):
-        plain = clock.run(call(stock))
-        runs["stock"].append(plain._replace(nfe=given.steps))
-        runs[given.search].append(clock.run(call(searched, **settings)))
+    for number in range(given.runs):
+        for name, pipe, ours in ((given.search, searched, settings), ("stock", stock, {})):
+            run = clock.run(call(pipe, **ours))
+            run = run if ours else run._replace(nfe=given.steps)
+            runs[name].append(run)
+            print(f"{name} {number}: {run}; rest {run.rest:.3f} s", file=sys.stderr, flush=True)
     print(f"| call | CPU s | {' % | '.join(PHASES)} % | the rest % (range) | rest, ms an NFE |")
     print("| --- |" + " ---: |" * (len(PHASES) + 3))
     for name, some in runs.items():
