@@ -46,7 +46,7 @@ from mctd_diffusers.search.settings import is_number
 from mctd_diffusers.search.strategies import resolve_strategy
 from mctd_diffusers.search.strategies.third_moves import MayFuse
 from mctd_diffusers.search.stride_policies import HasStridePolicy
-from mctd_diffusers.search.strides import HasLongestStride
+from mctd_diffusers.search.strides import HasLongestStride, PerturbsNoise
 from mctd_diffusers.search.tree import STEP, Tree, path_to_root
 
 DEFAULT_COMPUTE = 8
@@ -261,6 +261,27 @@ def check_longest_stride(strategy: Strategy, stepper: Stepper, scheduler: Schedu
             f"{type(scheduler).__name__}, as it is set up, is stepped by strides of {limit} at "
             f"most, and search {strategy.name!r} takes strides of up to {longest}: pass "
             f"strides=({limit},), or a strategy with stride={limit}, or search with another "
+            "scheduler, such as search_scheduler=DDIMScheduler.from_config(pipe.scheduler.config)"
+        )
+
+
+def check_perturbed_noise(strategy: Strategy, stepper: Stepper, scheduler: SchedulerMixin) -> None:
+    """Refuse a search that would perturb noise which its scheduler does not simply add.
+
+    Raises:
+        UnsupportedSchedulerError: it would.
+    """
+    if not isinstance(strategy, PerturbsNoise):
+        return
+    share = strategy.perturbed_share(stepper.num_steps)
+    if share is None:
+        return
+    states = map(stepper.initial_state, range(stepper.num_steps))
+    if any(math.isnan(stepper.noise_std(state, Action(1, share))) for state in states):
+        raise UnsupportedSchedulerError(
+            f"search {strategy.name!r} perturbs the noise of its edges, and that of "
+            f"{type(scheduler).__name__} is not simply added to samples at a share of {share:g}: "
+            "pass a strategy with branch_eta above 0 and below 1, or search with another "
             "scheduler, such as search_scheduler=DDIMScheduler.from_config(pipe.scheduler.config)"
         )
 

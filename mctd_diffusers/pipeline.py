@@ -52,6 +52,7 @@ from mctd_diffusers.calls import (
     check_latents,
     check_longest_stride,
     check_options,
+    check_perturbed_noise,
     check_save_every,
     check_stock,
     configured_strategy,
@@ -818,6 +819,7 @@ class MCTDPipeline(DiffusionPipeline):
             self._set_timesteps(stock)
             stepper = Stepper(scheduler, eta=stock.get("eta", 0.0))
             check_longest_stride(strategy, stepper, scheduler)
+            check_perturbed_noise(strategy, stepper, scheduler)
             prepared = self._prepare(stock, prompts_per_call)
         check_callbacks(stock, prepared)
         method = fusion_method_of(strategy)

@@ -24,6 +24,15 @@ class HasLongestStride(Protocol):
         ...
 
 
+@runtime_checkable
+class PerturbsNoise(Protocol):
+    """A strategy that says beforehand whose noise it perturbs, for solvers that cannot tell it."""
+
+    def perturbed_share(self, num_steps: int) -> float | None:
+        """Share of fresh noise on the edges whose noise it perturbs; ``None`` if it is of none."""
+        ...
+
+
 class Plan(NamedTuple):
     """A rollout to the end of the schedule.
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverSinglestepScheduler
+from diffusers import DPMSolverSinglestepScheduler, SASolverScheduler
 
 from mctd_diffusers.errors import BudgetError, UnsupportedSchedulerError
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.search.environment import Prices
 from mctd_diffusers.search.runner import Strategy
-from mctd_diffusers.search.strategies import MCTD, STRATEGIES, Beam, BestOfN
+from mctd_diffusers.search.strategies import (
+    MCTD,
+    STRATEGIES,
+    Beam,
+    BestOfN,
+    Evolution,
+    NoiseSearch,
+)
 from tests.pipelines import tiny
 
 pytestmark = [
@@ -133,6 +141,27 @@ def test_a_search_that_strides_farther_than_its_solver_is_refused_before_any_cal
     ):
         pipe("a cat", num_inference_steps=8, search=search, search_scheduler=solver)
     assert rows() == 0
+
+
+@pytest.mark.parametrize("search", [Evolution(), NoiseSearch()], ids=lambda s: s.name)
+def test_a_search_that_perturbs_noise_which_is_not_simply_added_is_refused_before_any_call(
+    search: Strategy,
+) -> None:
+    pipe = searching("ddim")
+    call: dict[str, Any] = {"num_inference_steps": 8, "compute": 4}
+    call["search_scheduler"] = SASolverScheduler.from_config(pipe.scheduler.config)
+    complaint = rf"{search.name}.*SASolverScheduler .* a share of 1: .* below 1"
+    with counted_rows(pipe) as rows, pytest.raises(UnsupportedSchedulerError, match=complaint):
+        pipe("a cat", search=search, **call)
+    assert rows() == 0
+    half: Any = search  # a dataclass
+    assert pipe("a cat", search=replace(half, branch_eta=0.5), **call).search[0].finished
+    start_alone = (
+        Evolution(schedule=(0.0,), populations=(4, 2))
+        if search.name == "evolution"
+        else NoiseSearch("zero_order")
+    )
+    assert pipe("a cat", search=start_alone, **call).search[0].finished
 
 
 @pytest.mark.parametrize("search", [MCTD(strides=(1,)), Beam(), BestOfN()])

@@ -124,6 +124,11 @@ class Evolution:
                 parents = [*self._best(problem, parents), *offspring]
         return "budget"
 
+    def perturbed_share(self, num_steps: int) -> float | None:
+        """Share of fresh noise on the edges whose noise it perturbs; ``None`` if it is of none."""
+        mutates_states = any(each.step_index for each in self._generations(num_steps))
+        return self.branch_eta if mutates_states else None
+
     # ---- the plan
 
     def _generations(self, num_steps: int) -> list[_Generation]:

@@ -97,6 +97,11 @@ class NoiseSearch:
                 "to search: give a share above 0."
             )
 
+    def perturbed_share(self, num_steps: int) -> float | None:
+        """Share of fresh noise on the edges whose noise it perturbs; ``None`` if it is of none."""
+        del num_steps
+        return self.branch_eta if self.method == "eps_greedy" else None
+
     @property
     def name(self) -> str:
         """Its name in the table of strategies."""
