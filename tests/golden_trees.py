@@ -54,7 +54,7 @@ NFE: Final = {
     "dts": 30,
     "evolution": 24,
     "mctd": 22,
-    "mctd_third_moves": 48,
+    "mctd_third_moves": 80,
     "textbook_mctd": 24,
     "noise_search": 16,
     "rollover": 22,

@@ -214,3 +214,14 @@ def test_fused_nodes_are_no_part_of_soft_values() -> None:
 def test_settings_outside_their_ranges_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         MCTD(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rules", ["all", "memory"])
+def test_third_moves_go_with_pruning(rules: str) -> None:
+    strategy = MCTD(third_moves=ALL, pruning=rules, max_live=8)
+    for make in (small_environment, guided_environment):
+        (result,) = search(strategy, make(1, STEPS), nfe=NFE)
+        assert_visits_are_exact(result)
+        best = result.best
+        assert best is not None
+        assert result.tree.live[best.node]

@@ -42,7 +42,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -84,7 +84,7 @@ from mctd_diffusers.search.selection import (
     uct_scores,
 )
 from mctd_diffusers.search.settings import check_setting
-from mctd_diffusers.search.strategies.third_moves import OpenMove, Proposal, ThirdMoves
+from mctd_diffusers.search.strategies.third_moves import OpenMove, ThirdMoves
 from mctd_diffusers.search.stride_policies import (
     Costs,
     StrideChoice,
@@ -336,7 +336,13 @@ class MCTD:
             if not self.third_moves:
                 wave = self._select_wave(problem, standard)
             else:
-                wave, move = yield from self._choose_wave(problem, standard)
+                wave, move = yield from self._third.choose_wave(
+                    problem,
+                    select=partial(self._select_wave, problem, standard),
+                    plan=partial(self._plan_wave, problem, standard),
+                    evaluations_left=self._evaluations_left(problem, self.wave_size),
+                    **self._of_thirds(problem),
+                )
         return "exhausted" if problem.savings.evaluations else "budget"
 
     # ---- 0. seeds and coarse rollouts
@@ -402,48 +408,18 @@ class MCTD:
         yield from self._finish_alike(problem, best[:chosen])
         if chosen == len(best):
             return []
-        paid = (len(best) - chosen) * max(len(strides) - 1, 1)
-        others: list[int] = yield from self._finish_by_bandit(problem, best[chosen:], paid)
-        return others
-
-    def _finish_by_bandit(self, problem: Problem, seeds: list[int], evaluations: int) -> Asks:
-        """Coarse rollouts by so many evaluations, begun where a bandit says; returns third ones."""
-        account, third = problem.account, self._third
-        end = account.spent.nfe + evaluations * account.calls_per_step
         longest = len(coarsest_strides(problem.num_steps, self.stride_set(problem.num_steps)))
-        others: list[int] = []
-        saved = problem.savings.evaluations
-        while account.spent.nfe < end:
-            move = OpenMove(problem)
-            count = self.wave_size
-            proposals = [
-                proposal
-                for proposal in third.propose(problem, count, self._backup_fn)
-                if third.affords(problem, proposal, count * longest)
-            ]
-            proposal = third.choose(problem, proposals)
-            if proposal is not None:
-                move.made = yield from third.make(problem, proposal, self._fusing_guidance(problem))
-                nodes = move.made.nodes
-                others += nodes
-            else:
-                seeds = [seed for seed in seeds if problem.tree.live[seed]]
-                nodes, seeds = tuple(seeds[:count]), seeds[count:]
-                values = longest * len(nodes) if self.rules else 0
-                price = account.price(
-                    evaluations=longest * len(nodes), values=values, rewards=len(nodes)
-                )
-                if not nodes or not account.affords(price):
-                    break
-            yield from gather(
-                *(
-                    self._finish_alike(problem, alike, redraws=move.made.move == "resample")
-                    for alike in _by_step_index(problem.tree, nodes)
-                )
-            )
-            move.close()
-            end -= (problem.savings.evaluations - saved) * account.calls_per_step
-            saved = problem.savings.evaluations
+        others: list[int] = yield from self._third.finish_coarsely(
+            problem,
+            best[chosen:],
+            evaluations=(len(best) - chosen) * max(len(strides) - 1, 1),
+            longest=account.price(
+                evaluations=longest, values=longest if self.rules else 0, rewards=1
+            ),
+            finish=partial(self._finish_alike, problem),
+            side_by_side=not self.rules,
+            **self._of_thirds(problem),
+        )
         return others
 
     def _finish_alike(self, problem: Problem, nodes: list[int], *, redraws: bool = False) -> Asks:
@@ -458,9 +434,13 @@ class MCTD:
         leaves = yield from finish(problem, nodes, strides=strides, etas=etas, guidance=guidance)
         back_up(problem, leaves)
 
-    def _fusing_guidance(self, problem: Problem) -> float | None:
-        """The guidance of estimates that are fused: as they are valued."""
-        return self._guidance(problem, self.value_guidance)
+    def _of_thirds(self, problem: Problem) -> dict[str, Any]:
+        """What third moves must know: estimates are fused as they are valued."""
+        return {
+            "count": self.wave_size,
+            "backup_fn": self._backup_fn,
+            "guidance": self._guidance(problem, self.value_guidance),
+        }
 
     def _most_coarse(self, problem: Problem, seeds: int, evaluations_left: int) -> int:
         """Coarse rollouts of so many seeds that their share of what is left pays for."""
@@ -623,36 +603,8 @@ class MCTD:
                 return wave
         return []
 
-    def _choose_wave(self, problem: Problem, standard: _Standard) -> Asks:
-        """A wave from where third moves lead, if the bandit says so; else an ordinary one."""
-        third, move = self._third, OpenMove(problem)
-        proposals = third.propose(problem, self.wave_size, self._backup_fn)
-        proposal = third.choose(problem, self._affordable(problem, proposals))
-        wave: list[tuple[int, Plan]] = []
-        if proposal is None:
-            wave = self._select_wave(problem, standard)
-            due = third.due(problem, [node for node, _ in wave], self._backup_fn)
-            if due is None or not self._affordable(problem, [due]):
-                return wave, move
-            proposal = due
-        move.made = yield from third.make(problem, proposal, self._fusing_guidance(problem))
-        wave = self._plan_wave(problem, move.made.nodes, standard)
-        if not wave:
-            move.close()
-            wave, move = self._select_wave(problem, standard), OpenMove(problem)
-        return wave, move
-
-    def _affordable(self, problem: Problem, proposals: list[Proposal]) -> list[Proposal]:
-        """Those that leave something to go on with."""
-        left = self._evaluations_left(problem, self.wave_size)
-        return [
-            proposal
-            for proposal in proposals
-            if left >= 2 * self.wave_size and self._third.affords(problem, proposal, self.wave_size)
-        ]
-
     def _plan_wave(
-        self, problem: Problem, nodes: tuple[int, ...], standard: _Standard
+        self, problem: Problem, standard: _Standard, nodes: Sequence[int]
     ) -> list[tuple[int, Plan]]:
         """Rollouts from given nodes, as :meth:`_select_wave` plans its own."""
         left = self._evaluations_left(problem, self.wave_size)
@@ -903,14 +855,6 @@ def _standard(tree: Tree, start: int, plan: Plan, *, leaves: list[int]) -> _Stan
 def _most_promising(tree: Tree, seeds: list[int]) -> int:
     """The node with the best reward below it, or if there is none, with the best value."""
     return max(seeds, key=lambda node: (tree.max_value[node], tree.value[node]))
-
-
-def _by_step_index(tree: Tree, nodes: Sequence[int]) -> list[list[int]]:
-    """Nodes of each step index together, in order."""
-    groups: dict[int, list[int]] = {}
-    for node in nodes:
-        groups.setdefault(int(tree.step_index[node]), []).append(node)
-    return list(groups.values())
 
 
 def _is_open(tree: Tree, node: int, num_steps: int) -> bool:

@@ -13,16 +13,16 @@ None of them uses particles up: these stay in the tree, for selection and for ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.backups import BackupFn
 from mctd_diffusers.search.bandit import INCONSISTENT, ORDINARY, MoveMade, choose_move
-from mctd_diffusers.search.environment import Asks
+from mctd_diffusers.search.environment import Asks, Counts
 from mctd_diffusers.search.moves import (
     denoise,
     denoise_missing,
@@ -266,13 +266,14 @@ class ThirdMoves:
 
     # ---- making
 
-    def affords(self, problem: Problem, proposal: Proposal, evaluations: int) -> bool:
-        """Whether the account pays for a proposal, and so many evaluations of rollouts after it."""
-        count = max(len(proposal.groups), len(proposal.targets))
+    def affords(self, problem: Problem, proposal: Proposal, rollout: Counts) -> bool:
+        """Whether the account pays for a proposal, and such a rollout from each of its rows."""
         account = problem.account
-        price = account.price(evaluations=evaluations + count, rewards=count)
-        particles = sum(len(group.nodes) for group in proposal.groups)
-        return account.affords(price + problem.fusion_spends * particles if particles else price)
+        each = account.price(evaluations=1) + rollout
+        price = each * max(len(proposal.groups), len(proposal.targets))
+        for group in proposal.groups:
+            price += problem.fusion_spends * len(group.nodes)
+        return account.affords(price)
 
     def make(self, problem: Problem, proposal: Proposal, guidance: float | None) -> Asks:
         """Make the rows to go on from, evaluated; returns the move, with what became of it."""
@@ -336,6 +337,118 @@ class ThirdMoves:
                 if change > self.max_inconsistency * np.median(usual):
                     rejected.append(node)
         return rejected
+
+    # ---- in a search
+
+    def finish_coarsely(
+        self,
+        problem: Problem,
+        nodes: Sequence[int],
+        *,
+        evaluations: int,
+        longest: Counts,
+        count: int,
+        finish: Callable[..., Asks],
+        side_by_side: bool,
+        backup_fn: BackupFn,
+        guidance: float | None,
+    ) -> Asks:
+        """Coarse rollouts, ``count`` at a time, begun where the bandit says.
+
+        Args:
+            problem: the image.
+            nodes: where ordinary ones begin, in this order.
+            evaluations: that may be spent, about; what pruning saves of them is not spent.
+            longest: what the longest coarse rollout spends.
+            count: rollouts at a time.
+            finish: ``finish(nodes, redraws=...)`` finishes nodes of one step index, scores them and
+                backs them up; with noise on the first edge where it redraws.
+            side_by_side: whether rollouts of several levels may run at once, which none may that
+                prunes what others stand at.
+            backup_fn: what nodes are worth.
+            guidance: of the estimates that are fused.
+
+        Returns:
+            Rows that third moves went on from.
+        """
+        account, tree, savings = problem.account, problem.tree, problem.savings
+        rest, others = list(nodes), list[int]()
+        end = account.spent.nfe + (evaluations + savings.evaluations) * account.calls_per_step
+        while account.spent.nfe + savings.evaluations * account.calls_per_step < end:
+            move = OpenMove(problem)
+            proposals = self.propose(problem, count, backup_fn)
+            paid = [one for one in proposals if self.affords(problem, one, longest)]
+            proposal = self.choose(problem, paid)
+            if proposal is not None:
+                move.made = yield from self.make(problem, proposal, guidance)
+                begun = list(move.made.nodes)
+                others += begun
+            else:
+                rest = [node for node in rest if tree.live[node]]
+                begun, rest = rest[:count], rest[count:]
+                if not begun or not account.affords(longest * len(begun)):
+                    break
+            rollouts = [
+                finish(
+                    [node for node in begun if tree.step_index[node] == level],
+                    redraws=move.made.move == "resample",
+                )
+                for level in dict.fromkeys(tree.step_index[begun].tolist())
+            ]
+            savings.hold(begun)
+            if side_by_side:
+                yield from gather(*rollouts)
+            else:
+                for rollout in rollouts:
+                    yield from rollout
+            savings.let_go(begun)
+            move.close()
+        return others
+
+    def choose_wave(
+        self,
+        problem: Problem,
+        *,
+        select: Callable[[], list[tuple[int, Any]]],
+        plan: Callable[[Sequence[int]], list[tuple[int, Any]]],
+        evaluations_left: int,
+        count: int,
+        backup_fn: BackupFn,
+        guidance: float | None,
+    ) -> Asks:
+        """A wave from where third moves lead, if the bandit says so; else an ordinary one.
+
+        Args:
+            problem: the image.
+            select: gives an ordinary wave: rows with plans.
+            plan: gives a wave from rows, of those for which the budget pays.
+            evaluations_left: that the budget pays.
+            count: rollouts of a wave.
+            backup_fn: what nodes are worth.
+            guidance: of the estimates that are fused.
+
+        Returns:
+            The wave, empty where the budget pays for none, and the :class:`OpenMove` that it is.
+        """
+        least = problem.account.price(evaluations=1, rewards=1)
+
+        def is_paid(proposal: Proposal) -> bool:
+            return evaluations_left >= 2 * count and self.affords(problem, proposal, least)
+
+        move = OpenMove(problem)
+        proposals = self.propose(problem, count, backup_fn)
+        proposal = self.choose(problem, [one for one in proposals if is_paid(one)])
+        if proposal is None:
+            wave = select()
+            proposal = self.due(problem, [node for node, _ in wave], backup_fn)
+            if proposal is None or not is_paid(proposal):
+                return wave, move
+        move.made = yield from self.make(problem, proposal, guidance)
+        wave = plan(move.made.nodes)
+        if not wave:
+            move.close()
+            wave, move = select(), OpenMove(problem)
+        return wave, move
 
     # ---- worth
 
