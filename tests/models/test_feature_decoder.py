@@ -23,6 +23,7 @@ from mctd_diffusers.evaluation.reconstruction import (
 )
 from mctd_diffusers.models.feature_decoder import FeatureToLatent
 from mctd_diffusers.search.environment import Action
+from tests.pipelines.hub import HubServer
 
 
 def make_decoder(**changes: Any) -> FeatureToLatent:
@@ -96,6 +97,16 @@ def test_a_saved_decoder_says_the_same(tmp_path: Path) -> None:
     assert [*loaded.config["log_snr_range"], *loaded.config["guidance_scales"]] == [-4, 4, 4]
     with torch.no_grad():
         assert torch.equal(decoder(features(3), 0.6, 0.8), loaded(features(3), 0.6, 0.8))
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`:UserWarning")
+def test_a_pushed_decoder_has_a_card_and_loads_at_its_revision(hub: HubServer) -> None:
+    decoder = make_decoder()
+    pushed = decoder.push_to_hub("somebody/decoder", token="write-token")
+    loaded = FeatureToLatent.from_pretrained("somebody/decoder", revision=pushed.oid)
+    assert torch.equal(loaded.first.weight, decoder.first.weight)
+    assert b"`up.0`, 6 channels" in hub.repositories["somebody/decoder"].files["README.md"]
 
 
 def test_its_card_says_what_it_reads_and_how_to_load_it() -> None:
