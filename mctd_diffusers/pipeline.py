@@ -1208,17 +1208,24 @@ class MCTDPipeline(DiffusionPipeline):
 
     # What a family says of its stock pipeline
 
+    def _lacks(self, method: str) -> NotImplementedError:
+        """The error of a family that leaves out what every family must say."""
+        return NotImplementedError(
+            f"{type(self).__name__} has no method {method}, which every family needs: "
+            "docs/extending.md shows what it answers"
+        )
+
     def _fill_in(self, stock: dict[str, Any]) -> None:
         """Fill in the size, and what else the stock call fills in before it checks anything."""
-        raise NotImplementedError
+        raise self._lacks("_fill_in")
 
     def _latent_shape(self, stock: dict[str, Any]) -> tuple[int, ...]:
         """Shape of all images' latents, as the stock ``prepare_latents`` draws them."""
-        raise NotImplementedError
+        raise self._lacks("_latent_shape")
 
     def _set_timesteps(self, stock: dict[str, Any]) -> None:
         """Prepare ``self.scheduler``, as the stock call does."""
-        raise NotImplementedError
+        raise self._lacks("_set_timesteps")
 
     def _prepare(
         self, stock: dict[str, Any], prompts_per_call: int, draws: int | None = None
@@ -1227,7 +1234,7 @@ class MCTDPipeline(DiffusionPipeline):
 
         ``draws`` latents are drawn, one an image where it is ``None``.
         """
-        raise NotImplementedError
+        raise self._lacks("_prepare")
 
     # What a family may say of it
 

@@ -128,7 +128,7 @@ class Flux2Family(PackedFamily):
 
     def _negative(self, stock: dict[str, Any], prompts_per_call: int) -> dict[str, Any] | None:
         """The same of negative prompts; ``None`` where nothing is scaled by them."""
-        raise NotImplementedError
+        raise self._lacks("_negative")
 
     def _decoder(self, vae: Any, unpack: Any) -> VaeDecoder:
         return PatchDecoder(vae, unpack, self._unpatchify_latents)

@@ -130,6 +130,16 @@ def test_a_family_inherits_from_what_it_searches() -> None:
         searches(StableDiffusionPipeline)(Lost)
 
 
+def test_a_family_that_is_not_whole_is_told_what_it_lacks() -> None:
+    @searches(StableDiffusionPipeline)
+    class Begun(MCTDPipeline, StableDiffusionPipeline):  # type: ignore[misc]
+        """A family of which nothing is written yet."""
+
+    pipe = Begun.from_pipe(tiny.make_stock(), reward_model=tiny.redness)
+    with pytest.raises(NotImplementedError, match=r"Begun has no method _fill_in.*extending\.md"):
+        pipe("a cat", num_inference_steps=2)
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
