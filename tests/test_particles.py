@@ -8,7 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mctd_diffusers.search.particles import ess, log_mean_weight, normalised_weights, systematic
+from mctd_diffusers.search.backups import max_backup
+from mctd_diffusers.search.particles import (
+    children_particles,
+    ess,
+    log_mean_weight,
+    normalised_weights,
+    one_of_each_family,
+    particle_set,
+    particles_at,
+    systematic,
+)
+from mctd_diffusers.search.tree import backup, prune, record_evaluated, record_values
+from tests.toys import two_levels
 
 log_weights = arrays(np.float64, st.integers(1, 40), elements=st.floats(-50, 50, allow_nan=False))
 uniforms = st.floats(0, 1, exclude_max=True)
@@ -70,3 +82,69 @@ def test_ess_is_the_square_of_the_sum_by_the_sum_of_squares(
         log_weights = np.log(weights)
     assert ess(log_weights) == pytest.approx(expected)
     assert log_mean_weight(log_weights) == pytest.approx(np.log(np.mean(weights)))
+
+
+scored = arrays(np.float64, st.integers(2, 20), elements=st.floats(-1e3, 1e3))
+temperatures = st.sampled_from((0.05, 1.0, 20.0))
+
+
+@given(scored, temperatures, st.booleans())
+def test_particles_are_weighted_by_the_softmax_of_their_scores(
+    scores: np.ndarray, temperature: float, relative: bool
+) -> None:
+    particles = particle_set(range(len(scores)), scores, temperature, relative=relative)
+    unit = scores.std() if relative else 1.0
+    if not (np.ptp(scores) and unit > 0):
+        wanted = np.full(len(scores), 1 / len(scores))
+    else:
+        weights = np.exp((scores - scores.max()) / (temperature * unit))
+        wanted = weights / weights.sum()
+    np.testing.assert_allclose(particles.weights, wanted, rtol=1e-6, atol=1e-12)
+    assert 1 - 1e-9 <= particles.ess <= len(scores) + 1e-9
+    slack = 1e-6 * (1 + np.abs(scores).max())
+    assert scores.mean() - slack <= particles.soft_value <= scores.max() + slack
+    assert scores.mean() - slack <= particles.weighted_mean <= scores.max() + slack
+
+
+@given(scored, temperatures, st.floats(0.1, 10.0), st.floats(-100, 100))
+def test_a_relative_temperature_knows_no_unit_of_rewards(
+    scores: np.ndarray, temperature: float, scale: float, shift: float
+) -> None:
+    scores = np.round(scores)  # so that spreads are not lost in rounding
+    one = particle_set(range(len(scores)), scores, temperature)
+    other = particle_set(range(len(scores)), scale * scores + shift, temperature)
+    if np.ptp(scores):
+        np.testing.assert_allclose(other.weights, one.weights, rtol=1e-6, atol=1e-12)
+
+
+def test_a_high_temperature_weighs_alike_and_a_low_one_takes_the_best() -> None:
+    scores = np.array([0.0, 1.0, 3.0])
+    hot, cold = (particle_set((4, 5, 6), scores, tau, relative=False) for tau in (1e6, 1e-3))
+    np.testing.assert_allclose(hot.weights, 1 / 3, rtol=1e-5)
+    assert hot.ess == pytest.approx(3)
+    assert hot.soft_value == pytest.approx(hot.mean, abs=1e-3)
+    assert cold.ess == pytest.approx(1)
+    assert cold.soft_value == pytest.approx(3.0, abs=1e-2)
+    assert (cold.weighted_mean, cold.mean) == (pytest.approx(3.0), pytest.approx(4 / 3))
+
+
+def test_particles_are_evaluated_scored_and_live_nodes_of_one_step_best_first() -> None:
+    tree, (_, _, *below) = two_levels()  # rows 3 and 4 below row 1, row 5 below row 2
+    assert particles_at(tree, 1, max_backup)[0] == []
+    record_evaluated(tree, tree.handle[below])
+    record_values(tree, tree.handle[below], np.array([1.0, 3.0, 2.0]))
+    rows, scores = particles_at(tree, 1, max_backup)
+    assert (rows, scores.tolist()) == ([4, 5, 3], [3.0, 2.0, 1.0])
+    assert one_of_each_family(tree, rows) == [4, 5]
+    assert children_particles(tree, 1, max_backup)[0] == [4, 3]
+    assert children_particles(tree, 3, max_backup)[0] == []
+    backup(tree, 3, 11.0)  # its estimate was 10 too low, and so, one must think, were the others
+    rows, scores = particles_at(tree, 1, max_backup)
+    assert (rows, scores.tolist()) == ([4, 5, 3], [13.0, 12.0, 11.0])
+    prune(tree, 4)
+    assert particles_at(tree, 1, max_backup)[0] == [5, 3]
+
+
+def test_draws_are_no_siblings_of_each_other() -> None:
+    tree, draws = two_levels()
+    assert one_of_each_family(tree, draws[:2]) == draws[:2]
