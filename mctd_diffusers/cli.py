@@ -46,6 +46,7 @@ from mctd_diffusers.commands.drawing import about, budget_in_words, draw, prices
 from mctd_diffusers.commands.generate import generate
 from mctd_diffusers.commands.log_searches import log_searches
 from mctd_diffusers.commands.log_trajectories import log_trajectories, relabel
+from mctd_diffusers.commands.prune_report import prune_report
 from mctd_diffusers.commands.schedulers import schedulers
 from mctd_diffusers.commands.train_ige import train_ige
 from mctd_diffusers.errors import ConfigError, MCTDError, SearchError
@@ -357,6 +358,7 @@ def demo(
 app.command()(bench)
 app.command()(schedulers)
 app.command()(diagnose)
+app.command("prune-report")(prune_report)
 app.command("log-trajectories")(log_trajectories)
 app.command("log-searches")(log_searches)
 app.command("train-ige", context_settings={"ignore_unknown_options": True})(train_ige)

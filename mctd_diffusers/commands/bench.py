@@ -84,6 +84,13 @@ def bench(
             "'none', a method of fusion, 'go_back', 'resample', or 'bandit' for all three."
         ),
     ] = None,
+    prunings: Annotated[
+        str | None,
+        typer.Option(
+            help="With commas between them: each strategy that prunes, by each of these: 'none', "
+            "'all', or rules joined by '+'."
+        ),
+    ] = None,
     evaluations: Annotated[
         str | None,
         typer.Option(
@@ -157,6 +164,7 @@ def bench(
             strategies=strategies,
             stride_policies=stride_policies,
             fusions=fusions,
+            prunings=prunings,
             budgets=budgets,
             seeds=seeds,
             num_steps=steps,
@@ -235,6 +243,7 @@ def _read_plan(
     strategies: str,
     stride_policies: str | None,
     fusions: str | None,
+    prunings: str | None,
     budgets: str,
     seeds: str,
     **settings: Any,
@@ -257,9 +266,10 @@ def _read_plan(
         prompts=texts,
         kinds=kinds,
         methods=tuple(
-            arm
+            pruned
             for method in read_methods(strategies, names_in(stride_policies))
             for arm in _by_fusion(method, names_in(fusions), on_mixtures=name == _MIXTURE)
+            for pruned in _by_pruning(arm, names_in(prunings))
         ),
         budgets=parse_budgets(budgets),
         seeds=whole_numbers(seeds, "--seeds", least=0),
@@ -323,6 +333,23 @@ def _by_fusion(method: Method, fusions: Sequence[str], *, on_mixtures: bool) -> 
             if is_same
             else method._replace(label=f"{method.label}:fusion={name}", strategy=by_fusion)
         )
+
+
+def _by_pruning(method: Method, prunings: Sequence[str]) -> Iterator[Method]:
+    """A method by each way of pruning, if it can prune.
+
+    Raises:
+        ConfigError: one is not known.
+    """
+    strategy: Any = method.strategy
+    if not prunings or not hasattr(strategy, "pruning"):
+        yield method
+        return
+    for pruning in prunings:
+        by_pruning = replace(strategy, pruning=pruning)
+        is_same = by_pruning == strategy
+        label = method.label if is_same else f"{method.label}:pruning={pruning}"
+        yield Method(label, by_pruning)
 
 
 def _third_moves_of(name: str, *, on_mixtures: bool) -> dict[str, Any]:

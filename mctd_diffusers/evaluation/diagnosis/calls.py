@@ -15,7 +15,6 @@ from mctd_diffusers.calls import World
 from mctd_diffusers.denoising.protocols import CheckedReward, RewardFn
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.diagnosis.looking import (
-    OnNfe,
     Scene,
     diagnose_search,
     num_scored,
@@ -25,6 +24,7 @@ from mctd_diffusers.evaluation.diagnosis.looking import (
 )
 from mctd_diffusers.evaluation.diagnosis.terms import Diagnosis, Effort
 from mctd_diffusers.evaluation.judge import SceneJudge
+from mctd_diffusers.evaluation.making_again import OnNfe
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.results import MCTDPipelineOutput
 from mctd_diffusers.rewards.calls import call_reward

@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.evaluation.diagnosis.terms import (
@@ -19,11 +18,11 @@ from mctd_diffusers.evaluation.diagnosis.terms import (
     Scores,
     sibling_regret,
 )
+from mctd_diffusers.evaluation.making_again import Maker, OnNfe, evaluated_for
 from mctd_diffusers.evaluation.mixture_environment import MixtureEnvironment
 from mctd_diffusers.results import MOVE_NAMES
 from mctd_diffusers.search.environment import (
     FIRST_DRAW,
-    Action,
     Environment,
     Handles,
     Values,
@@ -33,14 +32,9 @@ from mctd_diffusers.search.seeding import child_seed, root_seed_of
 from mctd_diffusers.search.strides import constant_strides
 from mctd_diffusers.search.tree import (
     DRAW,
-    FUSE,
-    PERTURB,
-    RENOISE,
     ROOT,
     STEP,
     Tree,
-    ancestry,
-    makers,
     path_to_root,
 )
 
@@ -48,8 +42,6 @@ GoldOfSamples: TypeAlias = Callable[[Handles], Values]
 """Gold of finished samples of an environment."""
 ExactValue: TypeAlias = Callable[[Handles, Sequence[int]], Values]
 """Exact value of unfinished samples at these step indices, where there is a closed form."""
-OnNfe: TypeAlias = Callable[[int], object]
-"""Is told how many evaluations have been made since it was told last."""
 
 _REPEATED_REWARD: Final = 1e-3  # by so much, relatively, a reward may differ when it is asked again
 
@@ -116,7 +108,7 @@ def planned_nfe(
     """
     tree, winner = result.tree, winner_of(result).node
     nodes = _looked_at(choices_on_path(tree, winner, effort.siblings))
-    evaluated = _evaluated_for(tree, [winner, *nodes], num_steps)
+    evaluated = evaluated_for(tree, [winner, *nodes], num_steps)
     nfe = max(effort.pool - reused, 0) * num_steps
     for node in [] if exact else nodes:
         left = num_steps - int(tree.step_index[node])
@@ -181,31 +173,6 @@ def _num_continuations(left: int, effort: Effort) -> int:
     The last edge draws no noise, so over that alone all would be one.
     """
     return effort.continuations if left > effort.stride else 1
-
-
-def _evaluated_for(tree: Tree, nodes: Sequence[int], num_steps: int) -> set[int]:
-    """Rows that must be evaluated to make ``nodes`` again by their moves."""
-    rows = ancestry(tree, nodes)
-    sources = {
-        source
-        for row in rows
-        if tree.move[row] in (STEP, RENOISE, FUSE)
-        for source in makers(tree, row)
-    }
-    return {row for row in sources if tree.step_index[row] < num_steps}
-
-
-def _generations(tree: Tree, rows: Sequence[int]) -> list[list[int]]:
-    """Rows of an :func:`ancestry`, those of each generation made from earlier ones alone."""
-    generation_of = {ROOT: -1}
-    generations: list[list[int]] = []
-    for row in rows:
-        generation = 1 + max(generation_of[source] for source in makers(tree, row))
-        generation_of[row] = generation
-        if generation == len(generations):
-            generations.append([])
-        generations[generation].append(row)
-    return generations
 
 
 @dataclass(frozen=True)
@@ -305,60 +272,8 @@ class _Look:
         self._num_steps = scene.environment.num_steps
         self._tree = tree
         self._effort = effort
-        self._on_nfe = on_nfe
-
-    def make_again(self, nodes: Sequence[int]) -> dict[int, int]:
-        """Samples of rows of the search's tree, made by their moves and seeds; row to handle."""
-        tree = self._tree
-        needed = _evaluated_for(tree, nodes, self._num_steps)
-        made: dict[int, int] = {}
-        for generation in _generations(tree, ancestry(tree, nodes)):
-            for move in (DRAW, STEP, RENOISE, PERTURB, FUSE):
-                some = [row for row in generation if tree.move[row] == move]
-                if some:
-                    made |= zip(some, self._move(move, some, made).tolist(), strict=True)
-            if needed & set(generation):
-                self._denoise([made[row] for row in generation if row in needed])
-        return made
-
-    def _move(self, move: int, rows: list[int], made: dict[int, int]) -> Handles:
-        """Make one move to each of ``rows``, whose parents or particles are made."""
-        tree, environment = self._tree, self._environment
-        seeds = tree.seed[rows]
-        if move == DRAW:
-            return environment.reset(np.full(len(rows), self._scene.problem), seeds)
-        if move == FUSE:
-            return self._fuse(rows, made)
-        parents = np.array([made[int(tree.parent[row])] for row in rows], dtype=np.int64)
-        if move == STEP:
-            actions = [
-                Action(int(tree.stride[row]), _entry(tree.eta[row]), _entry(tree.guidance[row]))
-                for row in rows
-            ]
-            return environment.step(parents, actions, seeds)
-        if move == PERTURB:
-            return environment.perturb(parents, tree.eta[rows], seeds)
-        stands = tree.step_index[rows]
-        handles = np.empty(len(rows), dtype=np.int64)
-        for step_index in np.unique(stands).tolist():
-            here = stands == step_index
-            handles[here] = environment.renoise(parents[here], step_index, seeds[here])
-        return handles
-
-    def _fuse(self, rows: list[int], made: dict[int, int]) -> Handles:
-        """Fuse the particles of each of ``rows`` again."""
-        tree = self._tree
-        groups = [fusion for row in rows if (fusion := tree.fusion_of(row)) is not None]
-        return self._environment.fuse(
-            [
-                np.array([made[node] for node in group.particles], dtype=np.int64)
-                for group in groups
-            ],
-            [np.array(group.weights) for group in groups],
-            [group.method for group in groups],
-            tree.seed[rows],
-            [_entry(tree.guidance[row]) for row in rows],
-        ).handles
+        self._maker = Maker(scene.environment, scene.problem, tree, on_nfe)
+        self.make_again = self._maker.make_again
 
     def into(self, samples: dict[int, int]) -> dict[int, _Scored]:
         """Scores of continuations of samples (row to handle), by row; exact ones are single."""
@@ -374,7 +289,7 @@ class _Look:
             for node, count in zip(samples, counts, strict=True)
             for ordinal in range(count)
         ]
-        finished = self._finish(
+        finished = self._maker.finish(
             np.array([samples[node] for node in owners.tolist()], dtype=np.int64),
             self._tree.step_index[owners],
             np.array(seeds, dtype=np.int64),
@@ -400,7 +315,7 @@ class _Look:
             np.full(count, self._scene.problem), np.array(seeds, dtype=np.int64)
         )
         start = np.zeros(count, dtype=np.int64)
-        finished = self._finish(drawn, start, np.array(seeds), stride=1, eta=None)
+        finished = self._maker.finish(drawn, start, np.array(seeds), stride=1, eta=None)
         return self.scores(np.concatenate([reused, finished]))
 
     def scores(self, handles: Handles) -> _Scored:
@@ -420,48 +335,6 @@ class _Look:
                 else _Scored(proxy(handles, [step_index]), gold(handles, [step_index]))
             )
         return found
-
-    def _finish(
-        self,
-        handles: Handles,
-        step_indices: npt.NDArray[np.int64],
-        seeds: npt.NDArray[np.int64],
-        *,
-        stride: int,
-        eta: float | None,
-    ) -> Handles:
-        """Step samples to the end, each with noise of its own; one may stand there often."""
-        given = handles
-        handles, stands, seeds = handles.copy(), step_indices.copy(), seeds.copy()
-        while (going := np.flatnonzero(stands < self._num_steps)).size:
-            parents = handles[going]
-            self._denoise(np.unique(parents).tolist())
-            strides = np.minimum(stride, self._num_steps - stands[going]).tolist()
-            stands[going] += strides
-            seeds[going] = [
-                child_seed(seed, STEP, crossed, 0)
-                for seed, crossed in zip(seeds[going].tolist(), strides, strict=True)
-            ]
-            is_last = (stands[going] == self._num_steps).tolist()
-            actions = [
-                Action(crossed, None if last else eta)
-                for crossed, last in zip(strides, is_last, strict=True)
-            ]
-            handles[going] = self._environment.step(parents, actions, seeds[going])
-            self._environment.release(np.setdiff1d(parents, given))
-        return handles
-
-    def _denoise(self, handles: Sequence[int]) -> None:
-        """Evaluate samples, and tell of it."""
-        before = self._environment.ledger.total.nfe
-        self._environment.denoise(np.array(handles, dtype=np.int64))
-        if self._on_nfe is not None:
-            self._on_nfe(self._environment.ledger.total.nfe - before)
-
-
-def _entry(entry: np.float64) -> float | None:
-    """What an entry of a column says, where NaN says nothing."""
-    return None if np.isnan(entry) else float(entry)
 
 
 def _fresh_seed(tree: Tree, node: int, ordinal: int) -> int:
