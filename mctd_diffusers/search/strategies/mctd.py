@@ -207,7 +207,7 @@ class MCTD:
     fused_prior: Literal["weighted", "plain"] = "weighted"
     pruning: str = "none"
     pruning_confidence: float = 2.0
-    least_gain: float = 0.02
+    least_gain: float = 0.01
     max_live: int = 48
 
     def __post_init__(self) -> None:
@@ -549,6 +549,13 @@ class MCTD:
         yield from forget(problem, nodes, rule=rule)
         return True
 
+    def _may_gain(self, tree: Tree, node: int) -> bool:
+        """Whether another child of a stored sample may be worth it, by those that it has."""
+        valued = [child for child in tree.children(node) if not np.isnan(tree.value[child])]
+        if "siblings" not in self.rules or len(valued) < 2 * _SIBLINGS_AT_ONCE:
+            return True
+        return pays_another(tree, valued, least_gain=self.least_gain)
+
     def _prune_stored(self, problem: Problem) -> Asks:
         """Release stored samples by the rules for them."""
         tree = problem.tree
@@ -659,7 +666,7 @@ class MCTD:
         self, problem: Problem, node: int, standard: _Standard, evaluations: int
     ) -> Plan | None:
         """Plan from ``node`` with no fewer edges and candidates than the standard."""
-        if not problem.tree.live[node]:
+        if not problem.tree.live[node] or not self._may_gain(problem.tree, node):
             return None
         done = int(problem.tree.step_index[node])
         edges = sum(step_index > done for step_index in standard.step_indices)
