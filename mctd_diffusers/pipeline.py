@@ -1320,6 +1320,7 @@ class MCTDPipeline(DiffusionPipeline):
             shown, _ = self._check_safety(environment.previews(handles))
             output.previews = self._postprocess(shown, "pil")
             output.step_indices = [step_indices(moves)[place] for place in places]
+            output.places = places
         self.maybe_free_model_hooks()
         return output
 

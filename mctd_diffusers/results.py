@@ -472,6 +472,7 @@ class ReplayOutput(BaseOutput):
         previews: pictures of the denoised estimate along the path, one a network call, where
             ``previews`` asked for them.
         step_indices: position in the schedule of each preview, 0 is noisiest.
+        places: of the moves of the recipe that made the samples of the previews.
     """
 
     images: list[Image.Image]
@@ -480,6 +481,7 @@ class ReplayOutput(BaseOutput):
     nfe: int = 0
     previews: list[Image.Image] | None = None
     step_indices: list[int] | None = None
+    places: list[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from mctd_diffusers.results import (
 )
 from mctd_diffusers.rewards.calls import call_reward, to_pil
 from mctd_diffusers.search.environment import Ledger, Prices
-from mctd_diffusers.search.tree import path_to_root
+from mctd_diffusers.search.tree import ancestry, path_to_root
 from mctd_diffusers.viewing.sheets import Cell, comparison_sheet
 from mctd_diffusers.viewing.tree_picture import draw_tree
 
@@ -233,8 +233,12 @@ def tree_figure(pipe: MCTDPipeline, found: ImageSearch, prompt: str) -> Figure:
     replay = pipe.replay(found.recipe, previews=True)
     assert found.winner is not None
     tree, winner = found.winner_tree, found.winner.node
-    path = path_to_root(tree, winner)[::-1][1:]
-    estimates = [*(replay.previews or []), replay.images[0]]
+    path, rows = set(path_to_root(tree, winner)), ancestry(tree, [winner])
+    estimates = {
+        rows[place]: picture
+        for place, picture in zip(replay.places or [], replay.previews or [], strict=True)
+        if rows[place] in path  # a fused sample has particles beside it
+    }
     num_finished = len(found.finished)
     return draw_tree(
         tree,
@@ -243,7 +247,7 @@ def tree_figure(pipe: MCTDPipeline, found: ImageSearch, prompt: str) -> Figure:
         title=prompt,
         subtitle=f"{found.result.strategy} · {found.spent.nfe} NFE · {num_finished} finished "
         f"sample{'s' * (num_finished != 1)}, the best with reward {found.winner.reward:.4g}",
-        previews=dict(zip(path, estimates, strict=True)),
+        previews=estimates | {winner: replay.images[0]},
     )
 
 

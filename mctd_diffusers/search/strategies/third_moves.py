@@ -26,6 +26,7 @@ from mctd_diffusers.search.environment import Asks, Counts
 from mctd_diffusers.search.moves import (
     denoise,
     denoise_missing,
+    forget,
     fuse,
     gather,
     generator_for,
@@ -42,7 +43,7 @@ from mctd_diffusers.search.particles import (
 )
 from mctd_diffusers.search.problem import Problem
 from mctd_diffusers.search.settings import check_setting
-from mctd_diffusers.search.tree import Fusion, Tree, prune
+from mctd_diffusers.search.tree import Fusion, Tree
 
 THIRD_MOVES: Final = ("fuse", "go_back", "resample")
 UNCHECKED_FUSIONS: Final = ("mean", "resample")
@@ -308,7 +309,7 @@ class ThirdMoves:
             rejected = yield from self._inconsistent(problem, nodes)
             for place, one in enumerate(found):
                 if one.node in rejected:
-                    prune(tree, one.node)
+                    yield from forget(problem, [one.node], rule="inconsistent")
                     verdicts[place] = INCONSISTENT
             nodes = [node for node in nodes if node not in rejected]
         return MoveMade(
