@@ -708,7 +708,8 @@ class MCTDPipeline(DiffusionPipeline):
             return_dict (`bool`, *optional*, defaults to that of the call):
                 As in the call.
             arguments (*optional*):
-                What the call was given that no folder can hold, such as `prompt_embeds`.
+                What the call was given that no folder can hold, such as `prompt_embeds`; and
+                callbacks, as in a call.
 
         Returns:
             What the call would have returned.
@@ -776,6 +777,7 @@ class MCTDPipeline(DiffusionPipeline):
             self._set_timesteps(stock)
             stepper = Stepper(scheduler, eta=stock.get("eta", 0.0))
             prepared = self._prepare(stock, settings["prompts_per_call"])
+        check_callbacks(stock, prepared)
         fusing = self._fusing_again(settings, prepared)
         world = World(
             prepared=prepared,

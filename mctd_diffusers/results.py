@@ -66,11 +66,15 @@ TEXT_ARGUMENTS = (
     "negative_prompt_3",
 )
 """Stock arguments that are text, one for all images or one for each prompt."""
-CALL_ARGUMENTS = (
+CALLBACK_ARGUMENTS = (
     "callback",
     "callback_on_step_end",
     "callback_on_step_end_tensor_inputs",
     "callback_steps",
+)
+"""Stock arguments that change nothing of a search."""
+CALL_ARGUMENTS = (
+    *CALLBACK_ARGUMENTS,
     "generator",
     "latents",
     "num_images_per_prompt",

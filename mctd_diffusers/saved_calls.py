@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mctd_diffusers.calls import SearchCall, SearchOptions, World
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.results import TEXT_ARGUMENTS, unheld_arguments
+from mctd_diffusers.results import CALLBACK_ARGUMENTS, TEXT_ARGUMENTS, unheld_arguments
 from mctd_diffusers.search.budget import StopReason
 from mctd_diffusers.search.environment import Handles, Prices
 from mctd_diffusers.search.log import SearchLog
@@ -178,7 +178,7 @@ def saved_arguments(
             "load its model"
         )
     held, not_held = call["settings"][0]["call"], call["settings"][0]["not_held"]
-    unknown = sorted(set(arguments) - set(not_held))
+    unknown = sorted(set(arguments) - {*not_held, *CALLBACK_ARGUMENTS})
     if unknown:
         raise ConfigError(
             f"resume takes no {', '.join(unknown)}: the saved search says it, go on as it began"

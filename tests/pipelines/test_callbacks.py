@@ -203,6 +203,11 @@ def test_a_saved_search_that_was_interrupted_goes_on(
         save_to=tmp_path,
     )
     assert len(callback.seen) == waves
-    resumed = pipe.resume(tmp_path)
+    with pytest.raises(ConfigError, match="callback_on_step_end=3 is a int"):
+        pipe.resume(tmp_path, callback_on_step_end=3)
+    rest = Notes()
+    resumed = pipe.resume(tmp_path, callback_on_step_end=rest)
     assert torch.equal(resumed.images, whole.images)
     assert resumed.ledger.total == whole.ledger.total
+    seen = [tensors["latents"] for _, _, tensors in (*callback.seen, *rest.seen)]
+    assert sum(map(len, seen)) == whole.nfe[0]
