@@ -434,7 +434,9 @@ class ThirdMoves:
         least = problem.account.price(evaluations=1, rewards=1)
 
         def is_paid(proposal: Proposal) -> bool:
-            return evaluations_left >= 2 * count and self.affords(problem, proposal, least)
+            stand_in = _stand_in(problem.tree, proposal)
+            pays = evaluations_left >= 2 * count and self.affords(problem, proposal, least)
+            return pays and bool(plan([stand_in]))
 
         move = OpenMove(problem)
         proposals = self.propose(problem, count, backup_fn)
@@ -505,6 +507,15 @@ def particles_of(tree: Tree, node: int) -> tuple[int, ...]:
 
 def _key(group: ParticleSet) -> frozenset[int]:
     return frozenset(group.nodes)
+
+
+def _stand_in(tree: Tree, proposal: Proposal) -> int:
+    """A row that stands where the first rollout of a proposal would begin."""
+    if proposal.groups:
+        return proposal.groups[0].nodes[0]
+    if proposal.levels:
+        return int(np.flatnonzero(tree.live & (tree.step_index == proposal.levels[0]))[0])
+    return proposal.targets[0]
 
 
 def _tried_groups(problem: Problem) -> set[frozenset[int]]:
