@@ -57,3 +57,8 @@ def test_they_are_scaled_and_switched_off_as_the_stock_pipeline_does_it(
         pictures.append(ours)
     stock.transformer.disable_adapters()
     assert torch.equal(pipe(**CALL, **call, **ONE, generator=seeded(0)[0]).images, before)
+    stock.transformer.enable_adapters()
+    stock.transformer.fuse_lora(lora_scale=0.5)
+    fused = pipe(**CALL, **call, **ONE, generator=seeded(0)[0]).images
+    assert torch.equal(fused, stock(**CALL, **call, generator=seeded(0)[0]).images)
+    assert not torch.equal(fused, before)
