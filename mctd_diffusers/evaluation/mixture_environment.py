@@ -72,7 +72,8 @@ class MixtureEnvironment:
         mixtures: the data of each problem.
         rewards: the reward of each problem.
         unconditional: the data of each problem without its prompt; ``None`` for no guidance.
-        sample_shape: axes of a sample for fusions, channels first; by default numbers of one channel.
+        sample_shape: axes of a sample for fusions, channels first; by default numbers of one
+            channel.
         num_steps: steps of the schedule.
         schedule: path from noise to data, a name in ``ground_truth.SCHEDULES``.
         kernel: ``"ddim"``, or ``"exact"``, which knows neither guidance nor an ``eta`` below 1.
