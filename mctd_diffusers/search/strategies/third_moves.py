@@ -220,7 +220,7 @@ class ThirdMoves:
         for level in self._stored_levels(problem):
             rows, scores = particles_at(tree, level, backup_fn)
             kept = one_of_each_family(tree, rows)
-            scores = scores[[rows.index(row) for row in kept]]
+            scores = scores[np.isin(rows, kept)]  # both are in one order
             if len(kept) > 1:
                 found.append((refused.get(level, False), -len(kept), kept, scores))
         found.sort(key=lambda one: one[:2])
