@@ -264,6 +264,20 @@ def test_bench_compares_fusions_and_other_third_moves(
     assert runs["beam"][0]["moves"] == {}
 
 
+def test_bench_compares_ways_of_pruning(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, _, err = run(
+        capsys, "bench", "--suite", "mixture", "--limit", 1, "--budgets", "8x", "--steps", 8,
+        "--strategies", "mctd:candidates=6:least_gain=1,beam", "--prunings", "none,siblings",
+        "--out", tmp_path,
+    )  # fmt: skip
+    assert status == 0, err
+    cells = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("*.json")}
+    assert len(cells) == 5  # plain, the reference, mctd twice, and beam once
+    nfe = {cell["method"]: cell["drawn"]["runs"][0]["nfe"] for cell in cells.values()}
+    whole = "mctd:candidates=6:least_gain=1"
+    assert nfe[f"{whole}:pruning=siblings"] < nfe[whole]
+
+
 def test_bench_compares_stride_policies_in_trees_and_in_plain_samples(
     capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
 ) -> None:
@@ -594,6 +608,7 @@ def test_an_argument_that_cannot_be_read_exits_with_two(
         (["--stride-policies", "even", "--strategies", "mctd"], "stride_policy is 'even'"),
         (["--evaluations", "8"], "--stride-policies uniform,ays,gits,ige"),
         (["--fusions", "x1", "--strategies", "mctd"], "--fusions names 'x1'"),
+        (["--prunings", "bound", "--strategies", "mctd"], "pruning is 'bound'"),
         (["--evaluations", "16", "--stride-policies", "ays"], "from 1 to 15"),
         (["--evaluations", "0", "--stride-policies", "ays"], "at least 1"),
         (

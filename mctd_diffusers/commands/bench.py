@@ -349,7 +349,7 @@ def _by_pruning(method: Method, prunings: Sequence[str]) -> Iterator[Method]:
         by_pruning = replace(strategy, pruning=pruning)
         is_same = by_pruning == strategy
         label = method.label if is_same else f"{method.label}:pruning={pruning}"
-        yield Method(label, by_pruning)
+        yield method._replace(label=label, strategy=by_pruning)
 
 
 def _third_moves_of(name: str, *, on_mixtures: bool) -> dict[str, Any]:
