@@ -125,7 +125,7 @@ def test_a_high_temperature_weighs_alike_and_a_low_one_takes_the_best() -> None:
     assert hot.soft_value == pytest.approx(hot.mean, abs=1e-3)
     assert cold.ess == pytest.approx(1)
     assert cold.soft_value == pytest.approx(3.0, abs=1e-2)
-    assert (cold.weighted_mean, cold.mean) == (pytest.approx(3.0), pytest.approx(4 / 3))
+    assert [cold.weighted_mean, cold.mean] == pytest.approx([3.0, 4 / 3])
 
 
 def test_particles_are_evaluated_scored_and_live_nodes_of_one_step_best_first() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mctd_diffusers.denoising.fusion import FUSIONS, VERDICTS
+from mctd_diffusers.denoising.protocols import Encoder
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.models.feature_decoder import FeatureToLatent
 from mctd_diffusers.pipeline import MCTDPipeline
@@ -64,6 +65,7 @@ def test_each_method_fuses_and_its_recipe_makes_the_picture_again(
     assert recipe["fusion"]["method"] == method
     again = pipe.replay(recipe)
     place = [sample.node for sample in found.finished].index(nodes[0])
+    assert again.latents is not None
     assert torch.equal(again.latents, found.latents[place])
     assert found.spent.nfe <= 60
 
@@ -77,7 +79,9 @@ def test_features_are_fused_by_the_decoder_of_the_pipeline(pipe: MCTDPipeline) -
         recipe = out.search[0].recipe_of(nodes[0])
         assert recipe["fusion"]["map_block"] == "up.0"
         place = [sample.node for sample in out.search[0].finished].index(nodes[0])
-        assert torch.equal(pipe.replay(recipe).latents, out.search[0].latents[place])
+        again = pipe.replay(recipe).latents
+        assert again is not None
+        assert torch.equal(again, out.search[0].latents[place])
         pipe.feature_decoder = feature_decoder(seed=6)
         with pytest.raises(ConfigError, match="feature_decoder"):
             pipe.replay(recipe)
@@ -156,6 +160,7 @@ def test_what_cannot_work_is_refused_before_the_first_call(pipe: MCTDPipeline) -
 def test_pictures_are_encoded_as_they_are_decoded(pipe: MCTDPipeline) -> None:
     world = pipe.open_world("a red cat", num_inference_steps=4)
     decoder = world.prepared.decoder
+    assert isinstance(decoder, Encoder)
     images = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         law = pipe.vae.encode(images * 2 - 1).latent_dist
