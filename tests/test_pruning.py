@@ -309,3 +309,48 @@ def test_a_gain_model_prunes_what_it_expects_nothing_of() -> None:
     (result,) = search(MCTD(pruning="gain"), environment, nfe=256)
     rules = [result.tree.pruned_by(node) for node in pruned_ends(result.tree).tolist()]
     assert set(rules) == {"gain"}
+
+
+class StoppedError(Exception):
+    """Ends a search as a killed process does."""
+
+
+@pytest.mark.parametrize("waves", [6, 14, 24])
+def test_a_search_that_prunes_goes_on_as_if_it_had_not_stopped(waves: int) -> None:
+    strategy = MCTD(pruning="all", max_live=8)
+    (whole,) = search(strategy, guided_environment(1, 8), nfe=100)
+    world = guided_environment(1, 8)
+    log, seen = SearchLog(), []
+
+    def on_wave(wave: Wave) -> None:
+        seen.append(wave)
+        if len(seen) == waves:
+            raise StoppedError
+
+    problems = problems_of(world, Budget(nfe=100), strategy=strategy)
+    with pytest.raises(StoppedError):
+        run_search(strategy, world, problems, log=log, on_wave=on_wave)
+    handles = log.live_handles()
+    assert len(handles) < log.num_handles
+    again = guided_environment(1, 8)
+    again.restore(world.export(handles), handles, num_handles=log.num_handles)
+    problems = problems_of(again, Budget(nfe=100), strategy=strategy)
+    (result,) = run_search(strategy, again, problems, log=log)
+    assert to_json(result.tree) == to_json(whole.tree)
+    assert result.spent == whole.spent
+
+
+def test_a_search_out_of_time_completes_a_sample_of_what_is_live() -> None:
+    environment = guided_environment(1, 8)
+    strategy = MCTD(pruning="memory", max_live=1, seed_share=0.6)
+    times = iter(range(1000))
+    (result,) = run_search(
+        strategy,
+        environment,
+        problems_of(environment, Budget(nfe=100), strategy=strategy),
+        seconds=3,
+        clock=lambda: float(next(times)),
+    )
+    assert result.stop_reason == "time"
+    assert len(result.finished) == 1
+    assert not result.tree.live.all()
