@@ -613,16 +613,18 @@ class MCTD:
     def _plan_wave(
         self, problem: Problem, standard: _Standard, nodes: Sequence[int]
     ) -> list[tuple[int, Plan]]:
-        """Rollouts from given nodes, as :meth:`_select_wave` plans its own."""
-        left = self._evaluations_left(problem, self.wave_size)
-        share = math.ceil(self.first_share * left)
+        """Rollouts from given nodes, or from the first of them, by the share of a wave.
+
+        Never by all that is left: a third move would gain by the size of its rollout alone.
+        """
+        share = math.ceil(self.first_share * self._evaluations_left(problem, self.wave_size))
         for count in range(len(nodes), 0, -1):
-            for least, evaluations in ((standard.candidates, share), (2, left)):
+            for least in (standard.candidates, 2):
                 goal = standard._replace(candidates=least)
                 wave = [
                     (node, plan)
                     for node in nodes[:count]
-                    if (plan := self._standard_plan(problem, node, goal, evaluations // count))
+                    if (plan := self._standard_plan(problem, node, goal, share // count))
                 ]
                 if wave:
                     return wave
