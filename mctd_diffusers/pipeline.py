@@ -92,6 +92,7 @@ from mctd_diffusers.models.feature_decoder import FeatureToLatent
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.models.refining import IGEUpdate, Refiner
 from mctd_diffusers.pipeline_folder import (
+    FEATURE_DECODER,
     FEATURE_FOLDER,
     IGE_FOLDER,
     OUR_FOLDERS,
@@ -230,9 +231,8 @@ class MCTDPipeline(DiffusionPipeline):
     preview_vae: AutoencoderTiny | None
     ige: InformationGainEvaluator | None
     feature_decoder: FeatureDecoder | None = None
-    """Such as a [`FeatureToLatent`]: what `fusion="features"` maps fused features to latents by.
-    Without one it moves the samples' own patches. Read from the folder `feature_decoder` of a
-    pipeline's folder, where there is one; it is not saved with the pipeline."""
+    """Such as a `FeatureToLatent`: what `fusion="features"` maps fused features to latents by.
+    Without one it moves the samples' own patches. It is saved and loaded with the pipeline."""
     _refiner: Refiner | None = None
 
     def _set_up_search(
@@ -310,7 +310,7 @@ class MCTDPipeline(DiffusionPipeline):
         preview_is_saved = "preview_vae" not in kwargs and "preview_vae" in ours
         ige_is_saved = ige is _AS_SAVED and "ige" in ours
         saved = [REWARD_FOLDER] * reward_is_saved + [PREVIEW_FOLDER] * preview_is_saved
-        saved += [IGE_FOLDER] * ige_is_saved
+        saved += [IGE_FOLDER] * ige_is_saved + [FEATURE_FOLDER] * ("feature_decoder" in ours)
         if folder.is_dir():
             parts = [name for name in parts_of(index) if name not in kwargs] + saved
             if lacking := [name for name in parts if not (folder / name).is_dir()]:
@@ -347,7 +347,7 @@ class MCTDPipeline(DiffusionPipeline):
             )
         pipe: MCTDPipeline = super(MCTDPipeline, family).from_pretrained(source, **kwargs)
         pipe.reward_model = reward_model
-        if (folder / FEATURE_FOLDER).is_dir():
+        if FEATURE_FOLDER in saved:
             pipe.feature_decoder = FeatureToLatent.from_pretrained(folder / FEATURE_FOLDER)
         if kwargs.get("device_map") is not None:
             for part in (kwargs["preview_vae"] if preview_is_saved else None, ige):
@@ -456,6 +456,15 @@ class MCTDPipeline(DiffusionPipeline):
                 self.reward_model,
                 directory.name,
             )
+        if isinstance(self.feature_decoder, FeatureToLatent):
+            self.feature_decoder.save_pretrained(directory / FEATURE_FOLDER)
+        elif self.feature_decoder is not None:
+            logger.warning(
+                "the feature decoder %r is no FeatureToLatent and is not saved: set "
+                "pipe.feature_decoder again when you load %s",
+                self.feature_decoder,
+                directory.name,
+            )
         # An assignment over None is lost on save.
         self.register_modules(preview_vae=self.preview_vae, ige=self.ige)
         names = ("repo_id", "private", "token", "commit_message", "create_pr")
@@ -535,6 +544,8 @@ class MCTDPipeline(DiffusionPipeline):
         }
         if type(self.reward_model) is ClipReward:
             parts[REWARD_FOLDER] = "ClipReward"
+        if isinstance(self.feature_decoder, FeatureToLatent):
+            parts[FEATURE_FOLDER] = "FeatureToLatent"
         base_model = repository_of(self.config.get("_name_or_path"))
         return pipeline_card(repo_id, self.stock_class.__name__, parts, base_model)
 
@@ -565,6 +576,8 @@ class MCTDPipeline(DiffusionPipeline):
                 ours[name] = part
         if type(self.reward_model) is ClipReward:
             ours["reward_model"] = {"kind": "clip", "scale": self.reward_model.scale}
+        if isinstance(self.feature_decoder, FeatureToLatent):
+            ours["feature_decoder"] = FEATURE_DECODER
         index[OUR_KEY] = ours
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 

@@ -17,6 +17,7 @@ from huggingface_hub import hf_hub_download
 from mctd_diffusers.denoising.protocols import RewardFn
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.hub import card_text, hub_errors, is_repository
+from mctd_diffusers.models.feature_decoder import FeatureToLatent
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.rewards.clip import ClipReward
 
@@ -26,7 +27,9 @@ REWARD_FOLDER = "reward_model"
 PREVIEW_FOLDER = "preview_vae"
 IGE_FOLDER = "ige"
 FEATURE_FOLDER = "feature_decoder"
-OUR_FOLDERS = (IGE_FOLDER, PREVIEW_FOLDER, REWARD_FOLDER)
+FEATURE_DECODER = [FeatureToLatent.__module__, FeatureToLatent.__name__]
+"""What the index says of a saved feature decoder."""
+OUR_FOLDERS = (FEATURE_FOLDER, IGE_FOLDER, PREVIEW_FOLDER, REWARD_FOLDER)
 
 
 def read_model_index(source: str, hub: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +94,8 @@ def parts_beside(folder: Path) -> dict[str, Any]:
         ours["preview_vae"] = ["diffusers", "AutoencoderTiny"]
     if (folder / IGE_FOLDER / "config.json").is_file():
         ours["ige"] = [InformationGainEvaluator.__module__, InformationGainEvaluator.__name__]
+    if (folder / FEATURE_FOLDER / "config.json").is_file():
+        ours["feature_decoder"] = FEATURE_DECODER
     return ours
 
 

@@ -9,26 +9,24 @@ sample looks like around it; what they leave out, the network fills in by its me
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from huggingface_hub import CommitInfo
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.hub import card_text, documents_beside, loading, push_folder
+from mctd_diffusers.hub import card_text, loading
 from mctd_diffusers.models.ige import FeatureNorm, waves
+from mctd_diffusers.models.pushing import PushedWithCard
 
 _WIDEST = (-20.0, 20.0)
 
 
-class FeatureToLatent(ModelMixin, ConfigMixin):
+class FeatureToLatent(PushedWithCard, ModelMixin, ConfigMixin):
     r"""Maps features of one block of a UNet to denoised estimates.
 
     It keeps the protocol [`~mctd_diffusers.denoising.protocols.FeatureDecoder`].
@@ -236,61 +234,6 @@ class FeatureToLatent(ModelMixin, ConfigMixin):
                 pretrained_model_name_or_path, **kwargs
             )
         return decoder
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        subfolder: str | None = None,
-    ) -> CommitInfo:
-        r"""Push the feature decoder with a card.
-
-        Documents in the folder that it was loaded from are pushed too; without a card there, the
-        repository keeps its own, or gets one that says what the decoder was trained on.
-
-        Args:
-            repo_id (`str`):
-                `owner/name`, or `name` in the account of the token; made if it does not exist.
-            commit_message (`str`, *optional*):
-                Message of the commit.
-            private (`bool`, *optional*, defaults to what the account's settings say):
-                Whether a new repository is private.
-            token (`str`, *optional*, defaults to the saved one):
-                Token of an account that may write there.
-            create_pr (`bool`, *optional*, defaults to `False`):
-                Whether to open a pull request in place of writing to the main branch.
-            safe_serialization (`bool`, *optional*, defaults to `True`):
-                Whether to write safetensors.
-            variant (`str`, *optional*):
-                Written into the name of the weights.
-            subfolder (`str`, *optional*, defaults to the root):
-                Folder of the repository to write to.
-
-        Returns:
-            [`~huggingface_hub.CommitInfo`]: the address of the commit, with its hash as `oid`.
-
-        Raises:
-            ConfigError: the Hub cannot be reached, or refuses.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
-            for path in documents_beside(self.config.get("_name_or_path")).values():
-                shutil.copy(path, folder)
-            return push_folder(
-                folder,
-                repo_id,
-                private=private,
-                token=token,
-                commit_message=commit_message or "Upload FeatureToLatent",
-                create_pr=create_pr,
-                path_in_repo=subfolder,
-                card=None if subfolder else self.card,
-            )
 
     def card(self, repo_id: str, **metadata: Any) -> str:
         r"""Model card of what the decoder was trained on, and how to load it.

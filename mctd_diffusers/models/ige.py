@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,12 +26,12 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
-from huggingface_hub import CommitInfo
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.hub import card_text, documents_beside, loading, push_folder
+from mctd_diffusers.hub import card_text, loading
+from mctd_diffusers.models.pushing import PushedWithCard
 from mctd_diffusers.search.environment import Gains
 
 _OCTAVES = 16
@@ -65,7 +63,7 @@ class IGEOutput(BaseOutput):
     log_truncation_error: Tensor
 
 
-class InformationGainEvaluator(ModelMixin, ConfigMixin):
+class InformationGainEvaluator(PushedWithCard, ModelMixin, ConfigMixin):
     r"""Predicts what jumps from evaluated states would tell.
 
     Args:
@@ -346,62 +344,6 @@ class InformationGainEvaluator(ModelMixin, ConfigMixin):
                 pretrained_model_name_or_path, **kwargs
             )
         return head
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        subfolder: str | None = None,
-    ) -> CommitInfo:
-        r"""Push the head with a card.
-
-        Documents in the folder that it was loaded from, such as the card with the figures of its
-        training, are pushed too; without a card there, the repository keeps its own, or gets
-        one that says what the head was trained on.
-
-        Args:
-            repo_id (`str`):
-                `owner/name`, or `name` in the account of the token; made if it does not exist.
-            commit_message (`str`, *optional*):
-                Message of the commit.
-            private (`bool`, *optional*, defaults to what the account's settings say):
-                Whether a new repository is private.
-            token (`str`, *optional*, defaults to the saved one):
-                Token of an account that may write there.
-            create_pr (`bool`, *optional*, defaults to `False`):
-                Whether to open a pull request in place of writing to the main branch.
-            safe_serialization (`bool`, *optional*, defaults to `True`):
-                Whether to write safetensors.
-            variant (`str`, *optional*):
-                Written into the name of the weights.
-            subfolder (`str`, *optional*, defaults to the root):
-                Folder of the repository to write to.
-
-        Returns:
-            [`~huggingface_hub.CommitInfo`]: the address of the commit, with its hash as `oid`.
-
-        Raises:
-            ConfigError: the Hub cannot be reached, or refuses.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
-            for path in documents_beside(self.config.get("_name_or_path")).values():
-                shutil.copy(path, folder)
-            return push_folder(
-                folder,
-                repo_id,
-                private=private,
-                token=token,
-                commit_message=commit_message or "Upload InformationGainEvaluator",
-                create_pr=create_pr,
-                path_in_repo=subfolder,
-                card=None if subfolder else self.card,
-            )
 
     def card(self, repo_id: str, **metadata: Any) -> str:
         r"""Model card of what the head was trained on, and how to load it.

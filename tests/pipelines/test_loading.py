@@ -37,6 +37,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         preview_vae=tiny.make_preview_vae(),
         ige=tiny.make_ige(),
     )
+    pipe.feature_decoder = tiny.make_feature_decoder()
     pipe.save_pretrained(folder)
     return folder
 
@@ -88,6 +89,9 @@ def test_ours_restore_reward_preview_decoder_and_head(saved: Path, loader: Any) 
     expected = tiny.make_ige().predict(None, source, target)
     assert np.array_equal(pipe.ige.predict(None, source, target), expected)
     assert torch.equal(pipe.ige.jump_cost, tiny.make_ige().jump_cost)
+    features = torch.rand((1, 8, 4, 4), generator=seeded())
+    expected = tiny.make_feature_decoder()(features, 0.6, 0.8)
+    assert torch.equal(pipe.feature_decoder(features, 0.6, 0.8), expected)
     pipe.set_progress_bar_config(disable=True)
     out = pipe("a cat", search="beam", compute=2, **CALL)
     assert out.ledger.total.previews > 0
@@ -119,10 +123,10 @@ def test_the_index_is_stock_but_for_one_private_key_and_what_not_to_download(
     stock = json.loads((saved_stock / "model_index.json").read_text())
     entries, not_to_download = ours.pop("_mctd"), ours.pop("_ignore_files")
     assert ours == stock
-    assert set(entries) == {"ige", "preview_vae", "reward_model"}
+    assert set(entries) == {"feature_decoder", "ige", "preview_vae", "reward_model"}
     assert not_to_download == [
         path.relative_to(saved).as_posix()
-        for folder in ("ige", "preview_vae", "reward_model")
+        for folder in ("feature_decoder", "ige", "preview_vae", "reward_model")
         for path in sorted((saved / folder).iterdir())
     ]
 
@@ -142,17 +146,20 @@ def test_parts_that_a_script_put_beside_the_stock_ones_are_found(
     tiny.make_clip_reward().save_pretrained(folder / "reward_model")
     tiny.make_preview_vae().save_pretrained(folder / "preview_vae")
     tiny.make_ige().save_pretrained(folder / "ige")
+    tiny.make_feature_decoder().save_pretrained(folder / "feature_decoder")
     pipe = MCTDPipeline.from_pretrained(folder)
     assert isinstance(pipe.reward_model, ClipReward)
     assert pipe.preview_vae is not None
     assert pipe.ige is not None
+    assert pipe.feature_decoder is not None
     pipe.reward_model = tiny.redness
-    pipe.preview_vae = pipe.ige = None
+    pipe.preview_vae = pipe.ige = pipe.feature_decoder = None
     pipe.save_pretrained(folder)
     again = MCTDPipeline.from_pretrained(folder)
     assert again.reward_model is None
     assert again.preview_vae is None
     assert again.ige is None
+    assert again.feature_decoder is None
 
 
 def test_parts_assigned_late_are_saved(stock: Any, tmp_path: Path) -> None:

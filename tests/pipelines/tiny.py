@@ -30,6 +30,7 @@ from diffusers import (
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from mctd_diffusers.models.feature_decoder import FeatureToLatent
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.pipeline import MCTDPipeline
 from mctd_diffusers.rewards.clip import ClipReward, Preprocessing
@@ -222,3 +223,9 @@ def save_with_parts(folder: Path) -> Path:
     )
     pipe.save_pretrained(folder)
     return folder
+
+
+def make_feature_decoder() -> FeatureToLatent:
+    """A feature decoder of the tiny UNet's last block, untrained."""
+    torch.manual_seed(0)
+    return FeatureToLatent("StableDiffusionPipeline", "up.0", 8, hidden_size=8).eval()
