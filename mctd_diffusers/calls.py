@@ -23,7 +23,13 @@ from mctd_diffusers.denoising.denoiser import FeatureTap, synchronize
 from mctd_diffusers.denoising.environment import LatentEnvironment, measure_prices, within_memory
 from mctd_diffusers.denoising.fusing import NO_FUSION, FusionParts, fusion_parts
 from mctd_diffusers.denoising.fusion import DEFAULT_FUSION, resolve_fusion
-from mctd_diffusers.denoising.gains import NO_STRIDE_PARTS, GainHead, StrideParts, stride_parts
+from mctd_diffusers.denoising.gains import (
+    NO_STRIDE_PARTS,
+    GainHead,
+    HeadGains,
+    StrideParts,
+    stride_parts,
+)
 from mctd_diffusers.denoising.protocols import (
     CheckedReward,
     Decoder,
@@ -40,6 +46,7 @@ from mctd_diffusers.results import TEXT_ARGUMENTS, bytes_of
 from mctd_diffusers.search.budget import REWARD_SPENDS, VALUE_SPENDS, Budget
 from mctd_diffusers.search.environment import FIRST_DRAW, Action, Handles, Ledger, Prices
 from mctd_diffusers.search.problem import Problem
+from mctd_diffusers.search.pruning import MayPrune
 from mctd_diffusers.search.runner import Finished, SearchResult, Strategy
 from mctd_diffusers.search.seeding import root_seed_of
 from mctd_diffusers.search.settings import is_number
@@ -188,19 +195,44 @@ def with_head_or_without(strategy: Strategy, has_head: bool) -> Strategy:
 
 def digest_of_head(strategy: Strategy, head: InformationGainEvaluator | None) -> str | None:
     """What tells the head that a strategy asks from others; ``None`` if it asks none."""
-    if head is None or not isinstance(strategy, HasStridePolicy) or not strategy.policy.asks_head:
-        return None
-    return weights_digest(head)
+    asks = isinstance(strategy, HasStridePolicy) and strategy.policy.asks_head
+    return (
+        weights_digest(head) if head is not None and (asks or _prunes_by_gain(strategy)) else None
+    )
+
+
+def _prunes_by_gain(strategy: Strategy) -> bool:
+    """Whether it gives up what a head predicts cannot win."""
+    return isinstance(strategy, MayPrune) and "gain" in strategy.rules
 
 
 def stride_parts_of(
     strategy: Strategy, stepper: Stepper, head: GainHead | None, rows_per_call: int
 ) -> StrideParts:
-    """What the stride policy of a strategy asks of the world; nothing, if it has none."""
-    if not isinstance(strategy, HasStridePolicy):
-        return NO_STRIDE_PARTS
-    strides = strategy.stride_set(stepper.num_steps)
-    return stride_parts(strategy.policy, strides, stepper, head, rows_per_call)
+    """What a strategy asks of the world for its stride policy, and for pruning by gain.
+
+    Raises:
+        ConfigError: it asks a head, and there is none; or one to prune by, and another model than a
+            head to choose strides by.
+    """
+    parts = NO_STRIDE_PARTS
+    if isinstance(strategy, HasStridePolicy):
+        strides = strategy.stride_set(stepper.num_steps)
+        parts = stride_parts(strategy.policy, strides, stepper, head, rows_per_call)
+    if not _prunes_by_gain(strategy) or isinstance(parts.gain_model, HeadGains):
+        return parts
+    if head is None:
+        raise ConfigError(
+            "pruning by 'gain' asks an information gain evaluator, and this pipeline has none: "
+            "load one with ige=..., or prune by 'bounds'"
+        )
+    if parts.gain_model is not None:
+        policy = getattr(strategy, "stride_policy", None)
+        raise ConfigError(
+            f"pruning by 'gain' asks a head what jumps tell, and stride_policy {policy!r} asks "
+            "something else: use a policy that is planned, or 'ige'"
+        )
+    return parts._replace(gain_model=HeadGains(head, rows_per_call), reads_features=True)
 
 
 def fusion_parts_of(

@@ -32,7 +32,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,16 @@ _LEAST_KNOWN: Final = 4  # outcomes by which a level is calibrated
 _LEAST_ACCURACY: Final = 0.6  # of pairs, below which values tell nothing
 _GAP_AT_THE_END, _GAP_AT_THE_START = 0.35, 0.5  # of LPO for Stable Diffusion 1.5
 _RANGE_OF_FOUR: Final = 2.059  # expected, of four standard normal draws: the siblings of LPO
+
+
+@runtime_checkable
+class MayPrune(Protocol):
+    """A strategy that gives up what cannot win, by rules."""
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """Names in :data:`RULES`."""
+        ...
 
 
 def parse_pruning(text: str) -> tuple[str, ...]:
