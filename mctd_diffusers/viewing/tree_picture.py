@@ -309,10 +309,11 @@ def _draw_nodes(
     known = np.isfinite(score)
     unknown = ~known
     known[winner] = unknown[0] = False
-    axes.scatter(
-        column[unknown], height[unknown], s=area[unknown] * 0.7, facecolor="white",
-        edgecolor=FAINT, linewidth=0.8, zorder=3,
-    )  # fmt: skip
+    for some, marker, edge in ((unknown & ~fused, "o", FAINT), (unknown & fused, "D", FUSED)):
+        axes.scatter(
+            column[some], height[some], s=area[some] * 0.7, facecolor="white", marker=marker,
+            edgecolor=edge, linewidth=0.8, zorder=3,
+        )  # fmt: skip
     for some, marker, edge in ((known & ~fused, "o", INK), (known & fused, "D", FUSED)):
         axes.scatter(
             column[some], height[some], s=area[some], c=score[some], cmap=PALETTE, norm=norm,
