@@ -348,6 +348,8 @@ def test_evaluate_model_prints_the_report(
         ("mctd:wave_size=2.5", "wave_size is 2.5; give a whole number"),
         ("mctd:strides=2", r"strides is 2; give whole numbers in brackets, such as \(1,2\)"),
         ("mctd:strides=(1,x)", r"strides is '\(1,x\)'; give whole numbers in brackets"),
+        ("mctd:pruning=", "pruning is ''; give a name"),
+        ("mctd:third_moves=fuse", r"third_moves is 'fuse'; give names in brackets"),
         ("mctd:backup=maxx", "backup is 'maxx'; give one of max, mean, soft"),
         ("mctd:backup=3", "backup is 3; give one of max, mean, soft"),
         ("best_of_n:n=2.5", "n is 2.5; give a whole number or None"),
@@ -398,6 +400,11 @@ def test_a_search_with_settings_is_read() -> None:
     assert [label for label, _ in searches] == ["mctd:strides=(1,2)", "beam"]
     assert searches[0][1].strides == (1, 2)
     assert cli.parse_search("best_of_n:n=None")[1].n is None
+    named = cli.parse_search(
+        "mctd:third_moves=(fuse,go_back):stride_policy=fixed:4:pruning=bounds"
+    )[1]
+    assert named.third_moves == ("fuse", "go_back")
+    assert (named.stride_policy, named.pruning) == ("fixed:4", "bounds")
     assert cli.parse_search("mctd:backup=soft:temperature=2")[1].backup == "soft"
     textbook = cli.parse_search("textbook_mctd:guidances=(0.5,None,1)")[1]
     assert textbook.guidances == (0.5, None, 1)

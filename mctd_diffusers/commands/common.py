@@ -161,7 +161,11 @@ def _read_setting(text: str, kind: Any) -> Any:
     except (ValueError, SyntaxError):
         value = text
     choices = typing.get_args(kind) or (kind,)
-    if typing.get_origin(kind) is tuple:
+    if typing.get_origin(kind) is tuple and str in choices:
+        fits, wanted = text[:1] == "(" and text[-1:] == ")", "names in brackets, such as (one,two)"
+        if fits:
+            value = tuple(name.strip() for name in text[1:-1].split(",") if name.strip())
+    elif typing.get_origin(kind) is tuple:
         part_kinds = {*(typing.get_args(choices[0]) or choices[:1]), int}
         fits = isinstance(value, tuple) and all(type(part) in part_kinds for part in value)
         wanted = "whole numbers in brackets, such as (1,2)"
@@ -175,6 +179,8 @@ def _read_setting(text: str, kind: Any) -> Any:
         with contextlib.suppress(ValueError):
             value = float(text)
         fits, wanted = isinstance(value, float) and math.isfinite(value), "a finite number"
+    elif str in choices:
+        value, fits, wanted = text, bool(text), "a name"
     else:
         fits, wanted = type(value) is int, "a whole number"
     if type(None) in choices:
