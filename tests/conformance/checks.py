@@ -53,6 +53,9 @@ with_and_without_search = pytest.mark.parametrize("search", list(CALLS))
 with_and_slowly_under_search = pytest.mark.parametrize(
     "search", ["none", pytest.param("mctd", marks=pytest.mark.slow)]
 )
+by_shared_code_under_search = pytest.mark.parametrize(
+    "search", ["none", pytest.param("mctd", marks=pytest.mark.shared)]
+)
 on_each_device = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 )
@@ -179,14 +182,14 @@ class ConformanceChecks:
         else:
             assert torch.equal(alone, together[1])
 
-    @with_and_without_search
+    @by_shared_code_under_search
     def test_a_tuple_holds_what_the_output_holds(
         self, pipe: Any, expected: Callable[[str], torch.Tensor], search: str
     ) -> None:
         images, *_ = self.run(pipe, search=search, return_dict=False)
         assert torch.equal(images, expected(search))
 
-    @with_and_without_search
+    @by_shared_code_under_search
     def test_each_prompt_has_its_number_of_images(self, pipe: Any, search: str) -> None:
         for prompts in (1, 2):
             call = {"num_images_per_prompt": 2, "search": search}
@@ -202,7 +205,7 @@ class ConformanceChecks:
         assert off.shape == expected(search).shape
         assert not torch.equal(off, expected(search))
 
-    @with_and_without_search
+    @by_shared_code_under_search
     def test_output_types_are_of_one_picture(
         self, pipe: Any, expected: Callable[[str], torch.Tensor], search: str
     ) -> None:
@@ -269,6 +272,7 @@ class ConformanceChecks:
         theirs = self.run(stock, callback_on_step_end=raise_guidance).images
         assert torch.equal(images, theirs)
 
+    @pytest.mark.shared
     def test_a_callback_sees_the_waves_of_a_search(
         self, pipe: Any, expected: Callable[[str], torch.Tensor]
     ) -> None:
@@ -289,6 +293,7 @@ class ConformanceChecks:
         assert samples == out.nfe[0]
         assert torch.equal(out.images, expected("mctd"))
 
+    @pytest.mark.shared
     def test_a_search_refuses_what_a_callback_changes(self, pipe: Any) -> None:
         def change(pipe: Any, step: int, timesteps: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             return {"latents": torch.zeros_like(tensors["latents"])}
@@ -325,6 +330,7 @@ class ConformanceChecks:
             assert self.run(pipe, search="none").nfe == [STEPS]
             assert len(rows()) == STEPS * interrupted
 
+    @pytest.mark.shared
     def test_an_interrupt_ends_a_search_with_a_picture(
         self, pipe: Any, expected: Callable[[str], torch.Tensor]
     ) -> None:
@@ -413,7 +419,14 @@ class ConformanceChecks:
             monkeypatch.delitem(sys.modules, name)
 
     @pytest.mark.usefixtures("code_cache")
-    @pytest.mark.parametrize("place", ["file", "folder", "repository"])
+    @pytest.mark.parametrize(
+        "place",
+        [
+            "file",
+            pytest.param("folder", marks=pytest.mark.shared),
+            pytest.param("repository", marks=pytest.mark.shared),
+        ],
+    )
     def test_the_file_of_a_family_opens_a_folder_of_it(
         self, folder: Path, hub: HubServer, tmp_path: Path, place: str
     ) -> None:
@@ -433,7 +446,7 @@ class ConformanceChecks:
         assert type(pipe).__name__ == family
         assert pipe.reward_model is tiny.redness
 
-    @with_and_without_search
+    @by_shared_code_under_search
     def test_components_make_another_pipeline(
         self, pipe: Any, expected: Callable[[str], torch.Tensor], search: str
     ) -> None:
@@ -455,7 +468,7 @@ class ConformanceChecks:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    @with_and_without_search
+    @by_shared_code_under_search
     def test_a_saved_pipeline_is_loaded_as_it_was(
         self, folder: Path, expected: Callable[[str], torch.Tensor], search: str
     ) -> None:
@@ -477,6 +490,7 @@ class ConformanceChecks:
         ]
         assert torch.equal(*pictures)
 
+    @pytest.mark.shared
     def test_weights_are_saved_in_variants(
         self, pipe: Any, tmp_path: Path, expected: Callable[[str], torch.Tensor]
     ) -> None:
@@ -491,6 +505,7 @@ class ConformanceChecks:
         with pytest.raises((OSError, ValueError), match="fp16"):
             self.load(folder, variant="fp16")
 
+    @pytest.mark.shared
     def test_each_component_has_a_dtype_of_its_own(self, folder: Path) -> None:
         denoiser = self.denoiser_of(self.make_pipe())
         dtypes = {denoiser: torch.bfloat16, "default": torch.float16}
@@ -499,6 +514,7 @@ class ConformanceChecks:
             if isinstance(part, torch.nn.Module):
                 assert part.dtype == dtypes.get(name, torch.float16), name
 
+    @pytest.mark.shared
     def test_a_cast_reaches_every_component(self) -> None:
         pipe = self.make_pipe()
         modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -558,7 +574,7 @@ class ConformanceChecks:
         if search == "none":
             assert torch.equal(images, self.run(stock).images)
 
-    @with_and_without_search
+    @by_shared_code_under_search
     @on_each_device
     def test_models_are_offloaded(
         self, expected: Callable[[str], torch.Tensor], search: str, device: str
@@ -571,7 +587,7 @@ class ConformanceChecks:
         for _ in range(2):
             assert torch.equal(self.run(pipe, search=search).images, whole)
 
-    @with_and_without_search
+    @by_shared_code_under_search
     @on_each_device
     def test_modules_are_offloaded_one_by_one(
         self, expected: Callable[[str], torch.Tensor], search: str, device: str
@@ -607,7 +623,7 @@ class ConformanceChecks:
         type(stock).save_lora_weights(folder, **layers)
         return folder
 
-    @with_and_without_search
+    @by_shared_code_under_search
     def test_adapters_are_loaded_scaled_fused_and_unloaded(
         self, expected: Callable[[str], torch.Tensor], adapter: Path, search: str
     ) -> None:

@@ -15,6 +15,7 @@ import pytest
 from datasets import enable_progress_bars
 
 from mctd_diffusers import cli, hub
+from mctd_diffusers.trajectories import plan
 from tests.trajectories.tiny_logs import PROMPTS, files_of, make_pipe, read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A folder to work in with a file of prompts; undoes what commands set."""
+    """A folder with a file of prompts, and fewer fine steps; undoes what commands set."""
+    monkeypatch.setattr(plan, "FINE_STEPS", 12)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     monkeypatch.chdir(tmp_path)
     yield
