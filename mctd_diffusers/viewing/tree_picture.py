@@ -388,12 +388,13 @@ def _draw_key(
         handles.append(
             Line2D([], [], linestyle="", marker="x", color=INK, markersize=5, label="pruned")
         )
+    rows = 1 if len(handles) <= 5 else 2  # or it would run into the subtitle
     figure.legend(
         handles=handles,
         loc="upper right",
         borderaxespad=0.0,
-        bbox_to_anchor=(0.985, 1 - 0.38 / height_in),
-        ncols=len(handles),
+        bbox_to_anchor=(0.985, 1 - (0.48 - 0.1 * rows) / height_in),
+        ncols=-(-len(handles) // rows),
         frameon=False,
         fontsize=8,
         labelcolor=INK,
