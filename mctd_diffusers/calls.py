@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mctd_diffusers.denoising.denoiser import FeatureTap, synchronize
-from mctd_diffusers.denoising.environment import LatentEnvironment, measure_prices, within_memory
+from mctd_diffusers.denoising.environment import LatentEnvironment
 from mctd_diffusers.denoising.fusing import NO_FUSION, FusionParts, fusion_parts
 from mctd_diffusers.denoising.fusion import DEFAULT_FUSION, resolve_fusion
 from mctd_diffusers.denoising.gains import (
@@ -30,6 +30,7 @@ from mctd_diffusers.denoising.gains import (
     StrideParts,
     stride_parts,
 )
+from mctd_diffusers.denoising.prices import measure_prices, within_memory
 from mctd_diffusers.denoising.protocols import (
     CheckedReward,
     Decoder,

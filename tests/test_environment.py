@@ -14,8 +14,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from mctd_diffusers.denoising.environment import LatentEnvironment, measure_prices
+from mctd_diffusers.denoising.environment import LatentEnvironment
 from mctd_diffusers.denoising.latents import Sample
+from mctd_diffusers.denoising.prices import measure_prices
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import (
     CapacityError,

@@ -1,14 +1,15 @@
-"""The environment of a search over a latent diffusion model."""
+"""The environment of a search over a latent diffusion model.
+
+It checks what it is asked and keeps the samples by handle; `reading`, `making`, `scoring` and
+`fuser` do the work.
+"""
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,30 +17,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mctd_diffusers.denoising.denoiser import (
-    Calls,
-    Chunk,
-    Denoiser,
-    FeatureTap,
-    chunks,
-    free_memory,
-    is_out_of_memory,
-    pooled,
-    synchronize,
-    timed,
-)
-from mctd_diffusers.denoising.fusion import VERDICTS, Fused, Particles, fuse
+from mctd_diffusers.denoising.denoiser import Denoiser, FeatureTap, timed
+from mctd_diffusers.denoising.exporting import exported, restored
+from mctd_diffusers.denoising.fuser import Fuser
+from mctd_diffusers.denoising.fusion import VERDICTS, Fused
 from mctd_diffusers.denoising.latents import (
-    Before,
     Drawn,
     EdgeNoise,
     Latents,
-    Midway,
     Perturbed,
     Renoised,
     Sample,
     Stepped,
+    made_state,
 )
+from mctd_diffusers.denoising.making import SampleMaker, or_as_before
 from mctd_diffusers.denoising.protocols import (
     CheckedReward,
     Decoder,
@@ -49,11 +41,11 @@ from mctd_diffusers.denoising.protocols import (
     Network,
     Outputs,
 )
-from mctd_diffusers.denoising.solver_memory import SolverState
+from mctd_diffusers.denoising.reading import SampleReader
+from mctd_diffusers.denoising.scoring import Scorer
 from mctd_diffusers.denoising.stepper import Stepper
 from mctd_diffusers.errors import ConfigError, SearchError
 from mctd_diffusers.search.environment import (
-    FIRST_DRAW,
     REJECTED,
     Action,
     Counts,
@@ -67,8 +59,6 @@ from mctd_diffusers.search.environment import (
     check_one_level,
 )
 from mctd_diffusers.search.settings import check_setting, is_number
-
-T = TypeVar("T")
 
 
 class LatentEnvironment:
@@ -141,30 +131,47 @@ class LatentEnvironment:
             )
         sizes = {phase: list(rows) for phase, rows in (rows_by_phase or {}).items()}
         self.ledger = Ledger(prices=prices or Prices(), rows_by_phase=sizes)
-        self._device = first_latents.device
-        self._calls = Calls(rows_per_call, self.ledger, self._device)
+        device = first_latents.device
         self.num_steps = stepper.num_steps
         self._stepper = stepper
+        self._samples = Latents(device, storage, half=half)
         self._denoiser = Denoiser(
             network,
             stepper,
             rows_per_call=rows_per_call,
             ledger=self.ledger,
-            device=self._device,
+            device=device,
             features=features,
             kinds=kinds,
         )
+        self._reader = SampleReader(self._samples, self._denoiser)
+        self._maker = SampleMaker(
+            self._samples,
+            self._denoiser,
+            self._reader,
+            first_latents,
+            keeps_estimates=fuses or (gain_model is not None and gain_model.reads_change),
+        )
+        self._scorer = Scorer(
+            decoder=decoder,
+            preview=preview,
+            reward=reward,
+            prompts=prompts,
+            rows_per_call=rows_per_call,
+            ledger=self.ledger,
+            device=device,
+        )
+        self._fuser = Fuser(
+            self._reader,
+            self._scorer,
+            stepper,
+            self.ledger,
+            device,
+            encoder=encoder,
+            feature_decoder=feature_decoder,
+        )
         self._gain_model = gain_model
-        self._feature_decoder = feature_decoder
-        self._encoder = encoder
-        self._keeps_estimates = fuses or (gain_model is not None and gain_model.reads_change)
-        self._decoder = decoder
-        self._preview = preview
-        self._reward = reward
-        self._prompts = list(prompts)
         self._first_latents = first_latents
-        self._rows_per_call = rows_per_call
-        self._samples = Latents(self._device, storage, half=half)
         self.guidance_scale = network.guidance_scale if network.rows_per_latent == 2 else None
 
     def reset(self, problems: Handles, seeds: Seeds) -> Handles:
@@ -191,11 +198,11 @@ class LatentEnvironment:
         fresh = [sample for sample in dict.fromkeys(samples) if sample.outputs is None]
         if not fresh:
             return
-        with _or_as_before(fresh):
-            self._make(fresh)
+        with or_as_before(fresh):
+            self._maker.make(fresh)
             outputs, features, maps = self._denoiser(
-                self._latents_of(fresh),
-                [_state(sample) for sample in fresh],
+                self._reader.latents(fresh),
+                [made_state(sample) for sample in fresh],
                 [sample.problem for sample in fresh],
             )
         unconditional = outputs.unconditional
@@ -230,7 +237,7 @@ class LatentEnvironment:
             self._check_guidance(action.guidance)
             target = parent.step_index + action.stride
             noise = EdgeNoise(
-                self._stepper.noise_std(_state(parent), action),
+                self._stepper.noise_std(made_state(parent), action),
                 self._stepper.noise_dtype(action, self._first_latents.dtype),
                 seed,
             )
@@ -275,9 +282,11 @@ class LatentEnvironment:
             ]
             fresh = _handles_of(samples, handles, wanted)
             values: list[float] = []
-            for some in self._batches(list(fresh)):
-                clean = self._denoised_of(some, [scale] * len(some))
-                values += self._score(self._decode(clean, some, preview=True), some, fresh)
+            for some in self._scorer.batches(list(fresh)):
+                clean = self._reader.denoised(some, [scale] * len(some))
+                values += self._scorer.score(
+                    self._scorer.decode(clean, some, preview=True), some, fresh
+                )
             found += zip(fresh, [scale] * len(fresh), values, strict=True)
         for sample, scale, value in found:
             sample.values[scale] = value
@@ -296,11 +305,11 @@ class LatentEnvironment:
         """
         samples = self._finished(handles)
         fresh = _handles_of(samples, handles, [sample.reward is None for sample in samples])
-        self._make(list(fresh))
+        self._maker.make(list(fresh))
         rewards: list[float] = []
-        for some in self._batches(list(fresh)):
-            images = self._decode(self._latents_of(some), some, preview=False)
-            rewards += self._score(images, some, fresh)
+        for some in self._scorer.batches(list(fresh)):
+            images = self._scorer.decode(self._reader.latents(some), some, preview=False)
+            rewards += self._scorer.score(images, some, fresh)
         for sample, reward in zip(fresh, rewards, strict=True):
             sample.reward = reward
         return np.array([sample.reward for sample in samples], dtype=np.float64)
@@ -319,7 +328,7 @@ class LatentEnvironment:
                 "there is no gain model to predict what strides tell: load the pipeline with "
                 "ige=..., or use stride_policy='budget'"
             )
-        with timed(self.ledger, "gain", self._device):
+        with timed(self.ledger, "gain", self._samples.device):
             return self._gain_model(self, handles, strides)
 
     def renoise(self, handles: Handles, step_index: int, seeds: Seeds) -> Handles:
@@ -360,7 +369,7 @@ class LatentEnvironment:
         )
         self._refuse(
             handles,
-            [self._awaits_midpoint(sample) for sample in samples],
+            [self._maker.awaits_midpoint(sample) for sample in samples],
             "came by an edge of two network calls, of which the second is not made yet; denoise it "
             "first.",
         )
@@ -404,12 +413,13 @@ class LatentEnvironment:
             self._check_guidance(guidance)
             samples = self._evaluated(group)
             check_one_level([s.step_index for s in samples], [s.problem for s in samples], group)
-            found = self._fuse(samples, shares, method, seed, guidance)
+            found = self._fuser(samples, shares, method, seed, guidance)
             fused.append((found, samples[0], guidance))
         handles = np.full(len(fused), REJECTED, dtype=np.int64)
         for place, (found, particle, guidance) in enumerate(fused):
             if found.verdict == VERDICTS[0]:
-                handles[place] = self._take_in(found, particle, guidance)
+                sample = self._maker.take_in(found, particle, guidance)
+                handles[place] = self._samples.add([sample])[0]
         verdicts = [VERDICTS.index(found.verdict) for found, _, _ in fused]
         correlations = [found.correlation for found, _, _ in fused]
         return Fusions(handles, np.array(verdicts, dtype=np.int64), np.array(correlations))
@@ -425,59 +435,14 @@ class LatentEnvironment:
             CapacityError: a handle is not known.
             SearchError: a sample is finished, or not evaluated.
         """
-        changes = np.full(len(handles), np.nan)
-        for row, sample in enumerate(self._evaluated(handles)):
-            if sample.before is not None:
-                before = self._samples.gather([sample.before.estimate])
-                moved = self._denoised_of([sample], [sample.before.guidance]) - before
-                changes[row] = (moved.float().norm() / before.float().norm()).item()
-        return changes
-
-    def _fuse(
-        self,
-        samples: Sequence[Sample],
-        weights: Values,
-        method: str,
-        seed: int,
-        guidance: float | None,
-    ) -> Fused:
-        """One group of particles fused, by itself, so that no other decides what becomes of it."""
-        signal, noise = self._stepper.factors(samples[0].step_index)
-        particles = Particles(
-            latents=self._latents_of(samples),
-            clean=self._denoised_of(samples, [guidance] * len(samples)),
-            signal=float(signal),
-            noise=float(noise),
-            weights=torch.as_tensor(weights, dtype=torch.float64),
-            features=self._maps_of(samples) if method == "features" else None,
-        )
-        codec = None if self._encoder is None else _Codec(self._decode, self._encoder, samples)
-        with timed(self.ledger, "fuse", self._device):
-            return fuse(
-                method,
-                particles,
-                seed=seed,
-                codec=codec,
-                feature_decoder=self._feature_decoder,
-            )
-
-    def _take_in(self, fused: Fused, particle: Sample, guidance: float | None) -> int:
-        """Handle of a fused sample, whose solver starts anew."""
-        step_index = particle.step_index
-        # Its noise is that of no edge, so there is none to perturb.
-        mixed = EdgeNoise(math.nan, self._first_latents.dtype, 0)
-        sample = Sample(particle.problem, step_index, noise=mixed)
-        latents = fused.latents[None].to(self._first_latents.dtype)
-        self._settle([sample], latents, [self._stepper.restarted(step_index)])
-        sample.before = Before(self._samples.keep(fused.clean[None])[0], step_index, guidance)
-        return int(self._samples.add([sample])[0])
+        return self._reader.relative_changes(self._evaluated(handles))
 
     @torch.no_grad()
     def export(self, handles: Handles) -> list[dict[str, Any]]:
         """Copy of the samples on the host, in plain types, fit for ``torch.save``."""
         samples = self._samples[handles]
-        self._make(samples, completes=False)
-        return [_exported(sample) for sample in samples]
+        self._maker.make(samples, completes=False)
+        return [exported(sample) for sample in samples]
 
     def restore(
         self,
@@ -491,7 +456,7 @@ class LatentEnvironment:
         Raises:
             ConfigError: there are ``handles``, and samples already.
         """
-        samples = [_restored(sample, self._samples.storage) for sample in saved]
+        samples = [restored(sample, self._samples.storage) for sample in saved]
         if handles is None:
             return self._samples.add(samples)
         return self._samples.put_back(samples, handles, num_handles)
@@ -519,8 +484,8 @@ class LatentEnvironment:
             SearchError: a sample is not finished.
         """
         samples = self._finished(handles)
-        self._make(samples)
-        return self._pictures(self._latents_of, samples, preview=False)
+        self._maker.make(samples)
+        return self._scorer.pictures(self._reader.latents, samples, preview=False)
 
     @torch.no_grad()
     def previews(self, handles: Handles) -> Float[Tensor, "batch 3 height width"]:
@@ -531,7 +496,7 @@ class LatentEnvironment:
             SearchError: a sample is finished, or not evaluated.
         """
         samples = self._evaluated(handles)
-        return self._pictures(self._denoised_of, samples, preview=True)
+        return self._scorer.pictures(self._reader.denoised, samples, preview=True)
 
     @torch.no_grad()
     def denoised(self, handles: Handles) -> Float[Tensor, "batch *sample"]:
@@ -542,8 +507,8 @@ class LatentEnvironment:
             SearchError: a sample is neither evaluated nor finished.
         """
         samples = self._clean(handles)
-        self._make(samples)
-        return self._estimates_of(samples)
+        self._maker.make(samples)
+        return self._reader.estimates(samples)
 
     # What gain models read
 
@@ -573,8 +538,8 @@ class LatentEnvironment:
             CapacityError: a handle is not known.
         """
         samples = self._samples[handles]
-        self._make(samples)
-        return self._latents_of(samples)
+        self._maker.make(samples)
+        return self._reader.latents(samples)
 
     @torch.no_grad()
     def features(self, handles: Handles) -> dict[str, Float[Tensor, "batch _"]]:
@@ -589,22 +554,7 @@ class LatentEnvironment:
             CapacityError: a handle is not known.
             SearchError: a sample is finished, or not evaluated.
         """
-        samples = self._evaluated(handles)
-        features = {
-            name: self._samples.gather([sample.features[name] for sample in samples])
-            for name in samples[0].features
-        }
-        outputs = [_outputs(sample) for sample in samples]
-        differences = [
-            torch.zeros_like(conditional) if unconditional is None else conditional - unconditional
-            for conditional, unconditional in outputs
-        ]
-        # Of a network that predicts its variance, without that.
-        difference = self._samples.gather(differences)[:, : self.sample_shape[0]]
-        scaled = pooled(difference.float()).chunk(2, dim=1)[1]
-        estimate = pooled(self._denoised_of(samples).float())
-        features["estimate"] = torch.cat([estimate, scaled], dim=1)
-        return features
+        return self._reader.features(self._evaluated(handles))
 
     def feature_maps(self, handles: Handles) -> Float[Tensor, "batch channels rows columns"]:
         """Features of evaluated samples over space, of the block whose map the tap keeps.
@@ -614,7 +564,7 @@ class LatentEnvironment:
             SearchError: a sample is finished, or not evaluated.
             ConfigError: no maps are kept.
         """
-        return self._maps_of(self._evaluated(handles))
+        return self._reader.maps(self._evaluated(handles))
 
     @property
     def map_bytes(self) -> int:
@@ -632,270 +582,24 @@ class LatentEnvironment:
             CapacityError: a handle is not known.
             SearchError: a sample is finished, or not evaluated.
         """
-        samples = self._evaluated(handles)
-        log_snr = self._stepper.log_snr
-        changes = np.full(len(samples), np.nan)
-        for row, sample in enumerate(samples):
-            before = sample.before
-            if before is not None:
-                moved = self._denoised_of([sample])[0] - before.estimate.to(self._device)
-                passed = (log_snr[sample.step_index] - log_snr[before.step_index]) / 2
-                if passed.isfinite() and passed != 0:
-                    changes[row] = moved.float().square().mean().sqrt() / passed
-        return changes
+        return self._reader.changes_by_log_snr(self._evaluated(handles))
 
     def aside(self) -> LatentEnvironment:
         """The same world without a sample and with a ledger of its own, to measure in."""
         return LatentEnvironment(
             network=self._denoiser.network,
             stepper=self._stepper,
-            decoder=self._decoder,
-            preview=self._preview,
-            reward=self._reward,
-            prompts=self._prompts,
+            decoder=self._scorer.decoder,
+            preview=self._scorer.preview,
+            reward=self._scorer.reward,
+            prompts=self._scorer.prompts,
             first_latents=self._first_latents,
-            rows_per_call=self._rows_per_call,
+            rows_per_call=self._denoiser.rows_per_call,
             rows_by_phase=self.ledger.rows_by_phase,
             prices=self.ledger.prices,
             storage=self._samples.storage,
             half=self._samples.half,
             kinds=self._denoiser.kinds,
-        )
-
-    # Making lazy samples
-
-    def _make(self, samples: Sequence[Sample], *, completes: bool = True) -> None:
-        """Give lazy samples their latents: by kind of origin, each kind in one go.
-
-        Unless it ``completes``, those that need the network for it are left midway.
-        """
-        generations = [_lazy(samples)]  # of samples and their sources, which are made first
-        while generations[-1]:
-            origins = [sample.origin for sample in generations[-1]]
-            generations.append(_lazy([o.source for o in origins if isinstance(o, _HAS_SOURCE)]))
-        for generation in reversed(generations[:-1]):
-            with timed(self.ledger, "step", self._device):
-                for kind, make in (
-                    (Drawn, self._draw),
-                    (Stepped, self._cross),
-                    (Renoised, self._noise_again),
-                    (Perturbed, self._vary),
-                ):
-                    some = [s for s in _lazy(generation) if isinstance(s.origin, kind)]
-                    if some:
-                        make(some)
-            if completes:
-                self._complete(_lazy(generation))
-
-    def _draw(self, samples: Sequence[Sample]) -> None:
-        state = self._stepper.initial_state()
-        for sample in samples:
-            seed = cast(Drawn, sample.origin).seed
-            if seed == FIRST_DRAW:
-                latents = self._first_latents[sample.problem]
-            else:
-                latents = self._initial_noise(seed)[0]
-            self._settle([sample], latents[None], [state])
-
-    def _cross(self, samples: Sequence[Sample]) -> None:
-        edges = [cast(Stepped, sample.origin) for sample in samples]
-        parents = [edge.parent for edge in edges]
-        latents, states = self._stepper.step(
-            self._latents_of(parents),
-            self._guided(parents, [edge.action.guidance for edge in edges]),
-            [self._samples.fetch_state(_state(parent)) for parent in parents],
-            [edge.action for edge in edges],
-            [edge.seed for edge in edges],
-        )
-        rows = self._samples.keep(latents)
-        for sample, edge, row, fresh in zip(samples, edges, rows, states, strict=True):
-            state = self._samples.keep_state(fresh)
-            if state.midway is None:
-                sample.latents, sample.state, sample.origin = row, state, None
-            else:
-                sample.origin = Midway(row, state, edge.seed)
-        if self._keeps_estimates:
-            estimates = self._samples.keep(self._denoised_of(parents))
-            for sample, parent, estimate in zip(samples, parents, estimates, strict=True):
-                sample.before = Before(estimate, parent.step_index)
-
-    def _complete(self, samples: Sequence[Sample]) -> None:
-        """Cross the second halves of edges, which takes a network call: 1 NFE each."""
-        if not samples:
-            return
-        halves = [cast(Midway, sample.origin) for sample in samples]
-        midpoints = self._samples.gather([half.latents for half in halves])
-        states = [self._samples.fetch_state(half.state) for half in halves]
-        outputs, *_ = self._denoiser(midpoints, states, [sample.problem for sample in samples])
-        with timed(self.ledger, "step", self._device):
-            actions = [cast(Action, state.midway) for state in states]
-            latents, after = self._stepper.complete(
-                midpoints,
-                self._denoiser.combine(outputs, [action.guidance for action in actions]),
-                states,
-                [half.seed for half in halves],
-            )
-            self._settle(samples, latents, after)
-
-    def _awaits_midpoint(self, sample: Sample) -> bool:
-        """Whether a sample is not made, and takes a network call to be."""
-        origin = sample.origin
-        if isinstance(origin, Stepped):
-            return self._stepper.needs_midpoint(origin.parent.step_index, origin.action)
-        return isinstance(origin, Midway)
-
-    def _noise_again(self, samples: Sequence[Sample]) -> None:
-        origins = [cast(Renoised, sample.origin) for sample in samples]
-        clean = self._estimates_of([origin.source for origin in origins])
-        noise = self._noise([origin.seed for origin in origins])
-        levels: dict[int, list[int]] = {}
-        for row, sample in enumerate(samples):
-            levels.setdefault(sample.step_index, []).append(row)
-        for step_index, rows in levels.items():
-            latents, states = self._stepper.renoise(clean[rows], step_index, noise[rows])
-            self._settle([samples[row] for row in rows], latents, states)
-
-    def _vary(self, samples: Sequence[Sample]) -> None:
-        for sample in samples:
-            origin = cast(Perturbed, sample.origin)
-            source, strength = origin.source, origin.strength
-            latents = self._latents_of([source])
-            if source.noise is None:
-                fresh = self._initial_noise(origin.seed)
-                varied = _mixed(latents, fresh, strength)
-            else:
-                before = self._injected(source.noise)
-                after = _mixed(before, self._noise([origin.seed], before.dtype), strength)
-                # The difference alone, so that what is not perturbed stays bit for bit.
-                varied = latents + source.noise.std * (after - before)
-            self._settle([sample], varied.to(latents.dtype), [_state(source)])
-
-    def _injected(self, noise: EdgeNoise) -> Tensor:
-        """Standard normal noise of an edge, with what was mixed in since."""
-        mixed = self._noise([noise.seed], noise.dtype)
-        for strength, seed in noise.perturbations:
-            mixed = _mixed(mixed, self._noise([seed], noise.dtype), strength)
-        return mixed
-
-    def _initial_noise(self, seed: int) -> Tensor:
-        """``[1, *sample]`` as the stock pipeline draws and scales it."""
-        return self._noise([seed]) * self._stepper.init_noise_sigma
-
-    def _noise(self, seeds: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Standard normal noise, each from its own generator on the CPU."""
-        shape = self._first_latents.shape[1:]
-        dtype = dtype or self._first_latents.dtype
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        rows = [
-            # With a batch axis, as the stock pipeline draws it.
-            torch.randn((1, *shape), generator=generator, dtype=dtype)
-            for generator in generators
-        ]
-        return torch.cat(rows).to(self._device)
-
-    def _settle(
-        self, samples: Sequence[Sample], latents: Tensor, states: Sequence[SolverState]
-    ) -> None:
-        rows = self._samples.keep(latents)
-        for sample, row, state in zip(samples, rows, states, strict=True):
-            sample.latents, sample.origin = row, None
-            sample.state = self._samples.keep_state(state)
-
-    # Reading samples
-
-    def _latents_of(self, samples: Sequence[Sample]) -> Tensor:
-        return self._samples.gather([_made(sample) for sample in samples])
-
-    def _guided(
-        self, samples: Sequence[Sample], guidances: Sequence[float | None] | None = None
-    ) -> Tensor:
-        outputs = [_outputs(sample) for sample in samples]
-        unconditional = [o.unconditional for o in outputs if o.unconditional is not None]
-        return self._denoiser.combine(
-            Outputs(
-                self._samples.gather([o.conditional for o in outputs]),
-                self._samples.gather(unconditional) if unconditional else None,
-            ),
-            guidances,
-        )
-
-    def _maps_of(self, samples: Sequence[Sample]) -> Tensor:
-        maps = [sample.map for sample in samples if sample.map is not None]
-        if len(maps) < len(samples):
-            raise ConfigError(
-                f"{len(samples) - len(maps)} of {len(samples)} samples have no map of features: "
-                "make the environment with a tap that keeps one, FeatureTap.mapping(block)"
-            )
-        return self._samples.gather(maps)
-
-    def _denoised_of(
-        self, samples: Sequence[Sample], guidances: Sequence[float | None] | None = None
-    ) -> Tensor:
-        return self._stepper.denoised(
-            self._latents_of(samples),
-            self._guided(samples, guidances),
-            [sample.step_index for sample in samples],
-        )
-
-    def _estimates_of(self, samples: Sequence[Sample]) -> Tensor:
-        """Clean latents of made samples: estimated where unfinished."""
-        clean = self._latents_of(samples)
-        rows = [row for row, s in enumerate(samples) if s.step_index < self.num_steps]
-        if rows:
-            clean[rows] = self._denoised_of([samples[row] for row in rows])
-        return clean
-
-    # Decoding and scoring
-
-    def _batches(self, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
-        """Samples, as many at once as fill a call where memory suffices."""
-        for chunk in chunks(len(samples), self._rows_per_call):
-            yield samples[chunk.rows]
-
-    def _decode(self, clean: Tensor, samples: Sequence[Sample], *, preview: bool) -> Tensor:
-        """Pictures of clean latents, one a sample."""
-        decoder = self._preview if preview and self._preview is not None else self._decoder
-        is_preview = decoder is not self._decoder
-        each = Counts(previews=1) if is_preview else Counts(decodes=1)
-
-        def call(chunk: Chunk) -> Tensor:
-            return decoder(chunk.fill(clean[chunk.rows]))
-
-        pictures = []
-        phase = "preview" if is_preview else "decode"
-        for chunk, images in self._calls.make(phase, len(samples), call):
-            problems = [sample.problem for sample in samples[chunk.rows]]
-            self.ledger.charge(problems, each)
-            pictures.append(images[: chunk.useful])
-        return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
-
-    def _score(
-        self, images: Tensor, samples: Sequence[Sample], handles: Mapping[Sample, int]
-    ) -> list[float]:
-        """Rewards of pictures, one a sample."""
-        problems = [sample.problem for sample in samples]
-        prompts = [self._prompts[problem] for problem in problems]
-        names = [handles[sample] for sample in samples]
-
-        def call(chunk: Chunk) -> npt.NDArray[np.float64]:
-            filled = chunk.fill(images[chunk.rows])
-            return self._reward(filled, chunk.pick(prompts), chunk.pick(names))
-
-        found: list[float] = []
-        for chunk, scores in self._calls.make("reward", len(samples), call):
-            self.ledger.charge(problems[chunk.rows], Counts(reward_calls=1))
-            found += [float(score) for score in scores[: chunk.useful]]
-        return found
-
-    def _pictures(
-        self,
-        clean: Callable[[Sequence[Sample]], Tensor],
-        samples: Sequence[Sample],
-        *,
-        preview: bool,
-    ) -> Tensor:
-        return torch.cat(
-            [self._decode(clean(some), some, preview=preview) for some in self._batches(samples)]
         )
 
     # Refusing
@@ -948,99 +652,6 @@ class LatentEnvironment:
             )
 
 
-def measure_prices(
-    *,
-    network: Network,
-    stepper: Stepper,
-    decoder: Decoder,
-    reward: CheckedReward,
-    prompt: str,
-    latents: Float[Tensor, "1 *sample"],
-    rows_per_call: int,
-    preview: Decoder | None = None,
-    repeats: int = 3,
-) -> Prices:
-    """Time one call of each kind, and say what a unit costs in rows through the network.
-
-    The median of ``repeats`` calls, after one to warm up. What these calls spend is in no ledger.
-
-    Args:
-        network: conditioned on problem 0 at least.
-        stepper: knows what the network sees of it.
-        decoder: full decoder.
-        reward: scores pictures.
-        prompt: of problem 0.
-        latents: initial noise of problem 0.
-        rows_per_call: latents in every call, as in the search.
-        preview: preview decoder; without one a preview costs a full decode.
-        repeats: calls of each kind that are timed.
-    """
-
-    def seconds(call: Callable[[], Any]) -> float:
-        taken = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            call()
-            synchronize(latents.device)
-            taken.append(time.perf_counter() - start)
-        return statistics.median(taken[1:])
-
-    def measure(size: int) -> Prices:
-        batch = latents.expand(size, *latents.shape[1:]).contiguous()
-        rows, prompts = [0] * size, [prompt] * size
-        inputs, timesteps = stepper.network_input(batch, [stepper.initial_state()] * size)
-        row = seconds(lambda: network(inputs, timesteps, rows)) / network.rows_per_latent
-        images = decoder(batch)
-        return Prices(
-            decode=seconds(lambda: decoder(batch)) / row,
-            preview=seconds(lambda: (preview or decoder)(batch)) / row,
-            reward_call=seconds(lambda: reward(images, prompts, rows)) / row,
-        )
-
-    with torch.no_grad():
-        return within_memory(rows_per_call, latents.device, measure)
-
-
-def within_memory(rows: int, device: torch.device, measure: Callable[[int], T]) -> T:
-    """What ``measure`` says of ``rows``, or of half as many (and so on) where memory runs out."""
-    while True:
-        try:
-            return measure(rows)
-        except Exception as error:
-            if rows == 1 or not is_out_of_memory(error):
-                raise
-        rows //= 2
-        free_memory(device)
-
-
-_HAS_SOURCE = (Renoised, Perturbed)
-
-
-@contextmanager
-def _or_as_before(samples: Sequence[Sample]) -> Iterator[None]:
-    """Leave samples as lazy as they were where the block raises, so that asked again it is whole.
-
-    Or the second calls of their edges would be paid for once, and missing when it is asked again.
-    """
-    before = [(sample, sample.origin, sample.latents, sample.state) for sample in samples]
-    try:
-        yield
-    except BaseException:
-        for sample, origin, latents, state in before:
-            sample.origin, sample.latents, sample.state = origin, latents, state
-        raise
-
-
-def _lazy(samples: Sequence[Sample]) -> list[Sample]:
-    """Those that have no latents yet, each once."""
-    return [sample for sample in dict.fromkeys(samples) if sample.latents is None]
-
-
-def _mixed(noise: Tensor, fresh: Tensor, strength: float) -> Tensor:
-    """Noise of the same law with a share of fresh noise: all that is left of it at 1, none at 0."""
-    return math.sqrt(1 - strength**2) * noise + strength * fresh
-
-
 def _handles_of(
     samples: Sequence[Sample], handles: Handles, wanted: Sequence[bool]
 ) -> dict[Sample, int]:
@@ -1050,94 +661,3 @@ def _handles_of(
         for sample, handle, is_wanted in zip(samples, handles.tolist(), wanted, strict=True)
         if is_wanted
     }
-
-
-def _made(sample: Sample) -> Tensor:
-    assert sample.latents is not None
-    return sample.latents
-
-
-def _state(sample: Sample) -> SolverState:
-    assert sample.state is not None
-    return sample.state
-
-
-def _outputs(sample: Sample) -> Outputs:
-    assert sample.outputs is not None
-    return sample.outputs
-
-
-class _Codec(NamedTuple):
-    """Decodes the estimates of particles at their image's cost, and encodes pictures."""
-
-    decode_of: Callable[..., Tensor]
-    encoder: Encoder
-    samples: Sequence[Sample]
-
-    def decode(self, clean: Tensor) -> Tensor:
-        """Images in [0, 1], in calls of the same size as all."""
-        return self.decode_of(clean, self.samples, preview=False)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Clean latents of images."""
-        return self.encoder.encode(images)
-
-
-def _exported(sample: Sample) -> dict[str, Any]:
-    origin = sample.origin
-    latents, state, seed = (
-        (origin.latents, origin.state, origin.seed)
-        if isinstance(origin, Midway)
-        else (_made(sample), _state(sample), None)
-    )
-    outputs, before = sample.outputs, sample.before
-    conditional, unconditional = (None, None) if outputs is None else outputs
-    return {
-        "problem": sample.problem,
-        "step_index": sample.step_index,
-        "latents": latents.clone().cpu(),
-        "visited": list(state.visited),
-        "history": [row.clone().cpu() for row in state.history],
-        "memory": state.memory,
-        "midway": None if state.midway is None else (*state.midway, seed),
-        "noise": None if sample.noise is None else asdict(sample.noise),
-        "conditional": None if conditional is None else conditional.clone().cpu(),
-        "unconditional": None if unconditional is None else unconditional.clone().cpu(),
-        "features": {name: row.clone().cpu() for name, row in sample.features.items()},
-        "map": None if sample.map is None else sample.map.clone().cpu(),
-        "before": before and (before.estimate.clone().cpu(), before.step_index, before.guidance),
-        "values": dict(sample.values),
-        "reward": sample.reward,
-    }
-
-
-def _restored(saved: dict[str, Any], storage: torch.device) -> Sample:
-    def here(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.clone().to(storage)
-
-    latents, step_index = saved["latents"].clone().to(storage), saved["step_index"]
-    history = tuple(row.clone().to(storage) for row in saved["history"])
-    state = SolverState(step_index, tuple(saved["visited"]), history, saved["memory"])
-    origin = None
-    if saved["midway"] is not None:
-        *action, seed = saved["midway"]
-        midway = Action(*action)
-        state = replace(state, step_index=step_index - midway.stride, midway=midway)
-        origin = Midway(latents, state, seed)
-    conditional = here(saved["conditional"])
-    noise = None if saved["noise"] is None else EdgeNoise(**saved["noise"])
-    return Sample(
-        problem=saved["problem"],
-        step_index=step_index,
-        origin=origin,
-        noise=noise,
-        latents=None if origin else latents,
-        state=None if origin else state,
-        outputs=None if conditional is None else Outputs(conditional, here(saved["unconditional"])),
-        features={name: row.clone().to(storage) for name, row in saved["features"].items()},
-        map=here(saved.get("map")),
-        before=saved["before"]
-        and Before(saved["before"][0].clone().to(storage), *saved["before"][1:]),
-        values=dict(saved["values"]),
-        reward=saved["reward"],
-    )

@@ -143,6 +143,24 @@ class Sample:
     reward: float | None = None
 
 
+def made_latents(sample: Sample) -> Float[Tensor, "*sample"]:
+    """Latents of a sample that is made."""
+    assert sample.latents is not None
+    return sample.latents
+
+
+def made_state(sample: Sample) -> SolverState:
+    """What the solver remembers of a sample that is made."""
+    assert sample.state is not None
+    return sample.state
+
+
+def network_outputs(sample: Sample) -> Outputs:
+    """The network's answers for a sample that is evaluated."""
+    assert sample.outputs is not None
+    return sample.outputs
+
+
 class Latents:
     """The samples of a search, by handle; handles count up and are never used again.
 
