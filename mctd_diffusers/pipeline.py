@@ -8,8 +8,6 @@ its latents are decoded, `denoising/` makes a world of that, `search/` searches 
 
 from __future__ import annotations
 
-import copy
-import difflib
 import functools
 import importlib
 import inspect
@@ -17,14 +15,12 @@ import json
 import logging
 import math
 import os
-import resource
 import shutil
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,15 +28,20 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderTiny,
-    DDIMScheduler,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
 )
 from huggingface_hub import CommitInfo, snapshot_download
-from PIL import Image
 from torch import Tensor
 
+from mctd_diffusers.arguments import (
+    bound_arguments,
+    check_denoiser,
+    check_no_options,
+    scheduler_of,
+    search_reward,
+    stock_defaults,
+)
 from mctd_diffusers.callbacks import WaveCallbacks, check_callbacks
 from mctd_diffusers.calls import (
     Prepared,
@@ -56,30 +57,24 @@ from mctd_diffusers.calls import (
     check_save_every,
     check_stock,
     configured_strategy,
-    decoder_channels,
     digest_of_head,
     fusion_method_of,
     fusion_parts_of,
     nfe_allowed,
-    plain_sample_of,
     recipe_of_fusion,
     reward_prompts_of,
     stride_parts_of,
     with_head_or_without,
 )
-from mctd_diffusers.denoising.denoiser import Calls, Chunk
-from mctd_diffusers.denoising.environment import LatentEnvironment
-from mctd_diffusers.denoising.fusing import NO_FUSION, FusionParts
 from mctd_diffusers.denoising.protocols import (
     CheckedReward,
     Decoder,
     FeatureDecoder,
     RewardFn,
 )
-from mctd_diffusers.denoising.scheduler_names import check_fits, levels_of_model, scheduler_from
-from mctd_diffusers.denoising.schedulers import check_scheduler
 from mctd_diffusers.denoising.stepper import Stepper
-from mctd_diffusers.errors import ConfigError, SearchError, UnsupportedSchedulerError
+from mctd_diffusers.errors import ConfigError, SearchError
+from mctd_diffusers.estimating import estimate_of
 from mctd_diffusers.hub import (
     CARD,
     HUB_ARGUMENTS,
@@ -91,6 +86,7 @@ from mctd_diffusers.hub import (
 from mctd_diffusers.models.feature_decoder import FeatureToLatent
 from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.models.refining import IGEUpdate, Refiner
+from mctd_diffusers.outputs import PictureMaker, output_of
 from mctd_diffusers.pipeline_folder import (
     FEATURE_DECODER,
     FEATURE_FOLDER,
@@ -108,17 +104,24 @@ from mctd_diffusers.pipeline_folder import (
     restore_reward,
     saved_as,
 )
+from mctd_diffusers.replaying import (
+    check_first_noise,
+    evaluated_places,
+    first_noise_of,
+    fusing_again,
+    fusion_method_again,
+    needs_first_noise,
+    no_reward,
+    retrace,
+    world_again,
+)
 from mctd_diffusers.results import (
     Estimate,
-    ImageSearch,
     MCTDPipelineOutput,
-    PlainSamples,
     Recipe,
     ReplayOutput,
-    bytes_of,
     check_recipe,
     first_draws,
-    makers_of,
     recipe_scheduler,
     recipe_settings,
     recipe_stock,
@@ -136,17 +139,10 @@ from mctd_diffusers.saved_calls import (
 )
 from mctd_diffusers.search.budget import Budget
 from mctd_diffusers.search.environment import (
-    FIRST_DRAW,
-    REJECTED,
-    Action,
-    Handles,
-    Ledger,
     Prices,
-    Seeds,
 )
 from mctd_diffusers.search.log import SearchLog
 from mctd_diffusers.search.runner import (
-    Finished,
     SearchResult,
     Strategy,
     Wave,
@@ -154,8 +150,7 @@ from mctd_diffusers.search.runner import (
     run_search,
 )
 from mctd_diffusers.search.saving import load_search
-from mctd_diffusers.search.seeding import root_seed_of
-from mctd_diffusers.search.strategies import STRATEGIES, BestOfN
+from mctd_diffusers.search.strategies import BestOfN
 from mctd_diffusers.search.with_plain import WithPlain
 
 logger = logging.getLogger(__name__)
@@ -602,24 +597,14 @@ class MCTDPipeline(DiffusionPipeline):
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """The body of every family's ``__call__``."""
-        stock, options = self._bound(args, kwargs)
+        stock, options = bound_arguments(self, args, kwargs)
         if options.search is None:
             return self._plain_call(stock, options)
         return self._search_call(stock, options)
 
     def _plain_call(self, stock: dict[str, Any], options: SearchOptions) -> Any:
         """The stock pipeline, with its output in our form."""
-        named = [
-            option.name
-            for option in fields(options)
-            if option.name != "search" and getattr(options, option.name) != option.default
-        ]
-        if named:
-            raise ConfigError(
-                f"search=None is the stock pipeline, which knows no {', '.join(named)}: leave "
-                f"{'it' if len(named) == 1 else 'them'} out, or name a search "
-                f"({', '.join(sorted(STRATEGIES))})"
-            )
+        check_no_options(options)
         output = self.stock_class.__call__(self, **{**stock, "return_dict": True})
         nsfw = getattr(output, "nsfw_content_detected", None)
         if not stock["return_dict"]:
@@ -665,13 +650,13 @@ class MCTDPipeline(DiffusionPipeline):
                 )
             if saver is not None:
                 saver.save_results(results)
-            output = self._output(world, stock, options, results)
+            output = self._output(call, results)
             if refines:
                 output.ige_update = self._refine(world, results[: len(world.prompts)])
         except SearchError as error:
             if saver is not None and error.partial:
                 saver.save_results(error.partial)
-            error.partial = error.partial and self._output(world, stock, options, error.partial)
+            error.partial = error.partial and self._output(call, error.partial)
             raise
         except KeyboardInterrupt:
             if saver is not None:
@@ -738,7 +723,7 @@ class MCTDPipeline(DiffusionPipeline):
             opened.call.stock["output_type"] = output_type
         if return_dict is not None:
             opened.call.stock["return_dict"] = return_dict
-        check_stock(opened.call.stock, self._stock_defaults())
+        check_stock(opened.call.stock, stock_defaults(type(self)))
         return self._run(
             opened.call,
             CallSaver(folder, save_every_s, opened.call, opened.saved.log),
@@ -779,7 +764,7 @@ class MCTDPipeline(DiffusionPipeline):
         """
         saved = load_search(folder, strategy=search)
         stock, options = saved_arguments(
-            saved, self.stock_class.__name__, self._stock_defaults(), arguments
+            saved, self.stock_class.__name__, stock_defaults(type(self)), arguments
         )
         self._check_online(options)
         reward = self._reward_of(reward_model)
@@ -791,7 +776,7 @@ class MCTDPipeline(DiffusionPipeline):
             stepper = Stepper(scheduler, eta=stock.get("eta", 0.0))
             prepared = self._prepare(stock, settings["prompts_per_call"])
         check_callbacks(stock, prepared)
-        fusing = self._fusing_again(settings, prepared)
+        feature_decoder = self._feature_decoder_of(fusion_method_again(settings))
         world = World(
             prepared=prepared,
             stepper=stepper,
@@ -805,8 +790,8 @@ class MCTDPipeline(DiffusionPipeline):
             reads_features=options.online_ige,
             strides=stride_parts_of(saved.strategy, stepper, self.ige, settings["rows_per_call"]),
             head=digest_of_head(saved.strategy, self.ige),
-            fusing=fusing,
-            feature_decoder=self._feature_decoder_of(fusing.method),
+            fusing=fusing_again(settings, prepared, feature_decoder),
+            feature_decoder=feature_decoder,
             offloads_latents=options.offload_latents,
             half_latents=options.half_latents,
         )
@@ -822,12 +807,12 @@ class MCTDPipeline(DiffusionPipeline):
             check_unsaved(options.save_to)
         self._check_online(options)
         strategy = with_head_or_without(configured_strategy(options), self.ige is not None)
-        check_stock(stock, self._stock_defaults())
+        check_stock(stock, stock_defaults(type(self)))
         self._check_call(stock)
         prompts = reward_prompts_of(stock, options)
         draws = first_draws(stock, len(prompts))
         reward = self._reward_of(options.reward_model)
-        scheduler = self._scheduler_of(options.search_scheduler)
+        scheduler = scheduler_of(options.search_scheduler, self.scheduler)
         rows_per_call = int(options.rows_per_call or self._default_rows_per_call(stock))
         prompts_per_call = max(1, rows_per_call // stock["num_images_per_prompt"])
         with self._stepping(scheduler), as_config_errors():
@@ -903,104 +888,20 @@ class MCTDPipeline(DiffusionPipeline):
 
             yield on_wave
 
-    def _output(
-        self,
-        world: World,
-        stock: dict[str, Any],
-        options: SearchOptions,
-        results: Sequence[SearchResult],
-    ) -> MCTDPipelineOutput:
+    def _output(self, call: SearchCall, results: Sequence[SearchResult]) -> MCTDPipelineOutput:
         """The output of what was found: of each image the best sample, or the plain one."""
-        count = len(world.prompts)
-        plains: Sequence[SearchResult | None] = results[count:] or [None] * count
-        searches = [
-            self._image_search(world, searched, plain)
-            for searched, plain in zip(results[:count], plains, strict=True)
-        ]
-        winners = [search.winner for search in searches]
-        images, nsfw = self._pictures(world, winners, stock["output_type"])
-        plain_samples = None
-        if options.include_plain:
-            plain = [plain_sample_of(result) for result in results[-count:]]
-            plain_samples = PlainSamples(
-                self._pictures(world, plain, stock["output_type"])[0],
-                [None if sample is None else sample.reward for sample in plain],
-            )
-        return MCTDPipelineOutput(
-            images=images,
-            rewards=[search.best_reward for search in searches],
-            nfe=[search.spent.nfe for search in searches],
-            search=searches,
-            ledger=world.settled_ledger(),
-            nsfw_content_detected=nsfw,
-            plain=plain_samples,
-        )
-
-    def _image_search(
-        self, world: World, searched: SearchResult, plain: SearchResult | None
-    ) -> ImageSearch:
-        """What was found of one image; among equals the search's own sample wins."""
-        winning, spent = searched, searched.spent
-        if plain is not None:
-            spent = spent + plain.spent
-            best, other = searched.best, plain.best
-            if other is not None and (best is None or other.reward > best.reward):
-                winning = plain
-        handles = np.array([sample.handle for sample in searched.finished], dtype=np.int64)
-        latents = world.prepared.first_latents[:0]
-        if len(handles):
-            latents = world.environment.denoised(handles)
-        return ImageSearch(
-            result=searched,
-            winner=winning.best,
-            winner_tree=winning.tree,
-            spent=spent,
-            scheduler=type(world.scheduler).__name__,
-            settings=world.recipe_settings(searched.problem),
-            latents=latents.cpu(),
-            decode=functools.partial(
-                self._decoded,
-                world.prepared.decoder,
-                latents.device,
-                world.environment.ledger.rows_by_phase.get("decode", [world.rows_per_call])[-1],
+        return output_of(
+            call.world,
+            results,
+            PictureMaker(
+                check_safety=self._check_safety,
+                as_latents=self._as_latents,
+                postprocess=self._postprocess,
+                put_away=self.maybe_free_model_hooks,
             ),
+            output_type=call.stock["output_type"],
+            includes_plain=call.options.include_plain,
         )
-
-    def _pictures(
-        self, world: World, samples: Sequence[Finished | None], output_type: str
-    ) -> tuple[Any, list[bool] | None]:
-        """Pictures of finished samples in the form asked for, and what the safety checker says."""
-        handles = np.array([s.handle for s in samples if s is not None], dtype=np.int64)
-        if not len(handles):
-            return [None] * len(samples), None
-        nsfw: list[bool] | None = None
-        if output_type == "latent":
-            pictures = self._as_latents(world.environment.denoised(handles), world.prepared.decoder)
-        else:
-            images, nsfw = self._check_safety(world.environment.images(handles))
-            pictures = self._postprocess(images, output_type)
-        if len(handles) == len(samples):
-            return pictures, nsfw
-        each, flags = iter(pictures), iter(nsfw or [])
-        found = [None if s is None else next(each) for s in samples]
-        return found, nsfw and [s is not None and next(flags) for s in samples]
-
-    @torch.no_grad()
-    def _decoded(
-        self, decoder: Decoder, device: torch.device, rows_per_call: int, latents: Tensor
-    ) -> list[Image.Image]:
-        """Finished latents as pictures, in calls of the same size as in the search."""
-
-        def decode(chunk: Chunk) -> Tensor:
-            return decoder(chunk.fill(latents[chunk.rows]).to(device))
-
-        pictures: list[Image.Image] = []
-        for chunk, images in Calls(rows_per_call, Ledger(), device).make(
-            "decode", len(latents), decode
-        ):
-            pictures += self._postprocess(self._check_safety(images[: chunk.useful])[0], "pil")
-        self.maybe_free_model_hooks()
-        return pictures
 
     def _postprocess(self, images: Tensor, output_type: str) -> Any:
         """Images in [0, 1] in the form asked for, by the stock image processor."""
@@ -1010,15 +911,7 @@ class MCTDPipeline(DiffusionPipeline):
 
     def _reward_of(self, given: Any) -> CheckedReward:
         """The reward of this call, checked at every answer."""
-        reward = self.reward_model if given is None else given
-        if reward is None:
-            raise ConfigError(
-                "a search needs a reward and this pipeline has none; paste one of:\n"
-                '    pipe.reward_model = "clip"  # or "pickscore", "embedded", a CLIPModel folder\n'
-                "    pipe.reward_model = lambda images, prompts: images.mean(dim=(1, 2, 3))\n"
-                "or call with reward_model=..., or with search=None for a plain sample"
-            )
-        reward = resolve_reward(reward)
+        reward = search_reward(self.reward_model if given is None else given)
         if given is None:
             self.reward_model = reward  # a name is looked up once
         return functools.partial(call_reward, reward)
@@ -1081,59 +974,6 @@ class MCTDPipeline(DiffusionPipeline):
             decoder.to(self._execution_device)
         return decoder
 
-    def _fusing_again(self, settings: dict[str, Any], prepared: Prepared) -> FusionParts:
-        """What the fusions of a recipe, or of a saved call, ask for.
-
-        Raises:
-            ConfigError: the decoder of features is another than then.
-        """
-        said = settings.get("fusion")
-        if said is None:
-            return NO_FUSION
-        decoder = self._feature_decoder_of(said["method"])
-        fusing = fusion_parts_of(said["method"], prepared, decoder, said["map_block"])
-        if recipe_of_fusion(fusing, decoder) != said:
-            raise ConfigError(
-                f"the search fused features by the decoder {said['feature_decoder']} of block "
-                f"{said['map_block']}, here it is {recipe_of_fusion(fusing, decoder)}: set "
-                "pipe.feature_decoder to that one, or to None where there was none"
-            )
-        return fusing
-
-    def _scheduler_of(self, given: Any) -> SchedulerMixin:
-        """A copy of the scheduler to search with.
-
-        Raises:
-            UnsupportedSchedulerError: the one named explicitly cannot be branched, or is for models
-                of another kind.
-            ConfigError: what is named is no scheduler.
-        """
-        if given is not None:
-            if not isinstance(given, SchedulerMixin):
-                raise ConfigError(
-                    f"search_scheduler={given!r} is a {type(given).__name__}: pass a scheduler, "
-                    "such as DDIMScheduler.from_config(pipe.scheduler.config)"
-                )
-            check_fits(given, self.scheduler.config)
-            check_scheduler(given)
-            return copy.deepcopy(given)
-        try:
-            check_scheduler(self.scheduler)
-        except UnsupportedSchedulerError as error:
-            config = self.scheduler.config
-            is_flow = levels_of_model(config) == "flow"
-            kind = FlowMatchEulerDiscreteScheduler if is_flow else DDIMScheduler
-            scheduler: SchedulerMixin = scheduler_from(kind, config)
-            check_scheduler(scheduler)
-            warnings.warn(
-                f"{type(self.scheduler).__name__} cannot be branched, so the search steps a "
-                f"{kind.__name__} made from its config ({str(error).splitlines()[0]}); name one "
-                "with search_scheduler=... to choose it yourself",
-                stacklevel=7,
-            )
-            return scheduler
-        return copy.deepcopy(self.scheduler)
-
     @contextmanager
     def _stepping(self, scheduler: SchedulerMixin) -> Iterator[None]:
         """Let the stock code see the scheduler of the search as its own, for a while."""
@@ -1143,36 +983,6 @@ class MCTDPipeline(DiffusionPipeline):
             yield
         finally:
             self.__dict__["scheduler"] = own
-
-    def _bound(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], SearchOptions]:
-        """The stock arguments of a call, defaults filled in, and ours.
-
-        Raises:
-            ConfigError: the call knows no argument of that name.
-        """
-        signature = inspect.signature(type(self).__call__)
-        self._check_names(kwargs, list(signature.parameters))
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        stock = {name: given for name, given in bound.arguments.items() if name != "self"}
-        ours = {field.name: stock.pop(field.name) for field in fields(SearchOptions)}
-        return stock | stock.pop("kwargs", {}), SearchOptions(**ours)
-
-    def _check_names(self, given: Iterable[str], known: Sequence[str]) -> None:
-        """Refuse arguments that the call does not know; stock pipelines drop them silently."""
-        deprecated = ("callback", "callback_steps") if "kwargs" in known else ()
-        for name in set(given) - set(known) - set(deprecated):
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-            raise ConfigError(f"{name!r} is no argument of {type(self).__name__}: {hint}")
-
-    def _stock_defaults(self) -> dict[str, Any]:
-        """Defaults of the arguments of the stock call."""
-        ours = {"self", "kwargs", *(option.name for option in fields(SearchOptions))}
-        parameters = inspect.signature(type(self).__call__).parameters
-        return {name: each.default for name, each in parameters.items() if name not in ours}
 
     def _check_call(self, stock: dict[str, Any]) -> None:
         """Fill in what a call leaves open, and refuse by the stock code what cannot work."""
@@ -1189,32 +999,18 @@ class MCTDPipeline(DiffusionPipeline):
         with as_config_errors():
             self._check_inputs(stock)
         check_latents(stock, self._latent_shape(stock))
-        self._check_denoiser()
-
-    def _check_denoiser(self) -> None:
-        """Refuse a denoiser that the decoders do not fit, or that is in half precision on a CPU."""
-        denoiser = next((part for part in self._denoisers if part is not None), None)
-        for name in ("vae", "preview_vae"):
-            config = getattr(getattr(self, name, None), "config", {})
-            given, wanted = decoder_channels(config), self._latent_channels
-            if None not in (given, wanted) and given != wanted:
-                raise ConfigError(
-                    f"the {name} decodes latents of {given} channels, and the "
-                    f"{type(denoiser).__name__} denoises latents of {wanted}: load the {name} of "
-                    "the same model"
-                )
-        on_cpu = self._execution_device.type == "cpu"
-        if on_cpu and getattr(denoiser, "dtype", None) == torch.float16:
-            raise ConfigError(
-                f"the {type(denoiser).__name__} is in float16 on the CPU, which diffusers supports "
-                "on accelerators alone: pipe.to(dtype=torch.float32), or bfloat16, or move the "
-                "pipeline to an accelerator"
-            )
+        check_denoiser(
+            self._denoiser,
+            {name: getattr(self, name, None) for name in ("vae", "preview_vae")},
+            self._latent_channels,
+            self._execution_device,
+        )
 
     @property
-    def _denoisers(self) -> list[Any]:
+    def _denoiser(self) -> Any:
         """The component that denoises, under any of its names."""
-        return [getattr(self, name, None) for name in ("unet", "transformer")]
+        parts = [getattr(self, name, None) for name in ("unet", "transformer")]
+        return next((part for part in parts if part is not None), None)
 
     def _check_inputs(self, stock: dict[str, Any]) -> None:
         """Check by the stock ``check_inputs``; what it is not given it looks for nowhere."""
@@ -1316,21 +1112,19 @@ class MCTDPipeline(DiffusionPipeline):
                 from the one at hand.
         """
         check_recipe(recipe, self.stock_class.__name__)
-        moves = recipe["moves"]
-        needs_noise = any(move["seed"] == FIRST_DRAW for move in moves)
+        needs_noise = needs_first_noise(recipe)
         world = self.world_of(recipe, latents, needs_noise=needs_noise, **arguments)
-        _check_length(moves, world.stepper.num_steps)
-        environment = world.environment
-        path = _retrace(environment, moves)
+        environment, moves = world.environment, recipe["moves"]
+        path = retrace(environment, moves)
         images, _ = self._check_safety(environment.images(path[-1]))
         output = ReplayOutput(
             images=self._postprocess(images, "pil"),
             latents=environment.denoised(path[-1])[0].cpu(),
-            reward=None if world.reward is _no_reward else float(environment.reward(path[-1])[0]),
+            reward=None if world.reward is no_reward else float(environment.reward(path[-1])[0]),
             nfe=environment.ledger.total.nfe,
         )
         if previews:
-            places = _evaluated_places(moves, environment.num_steps)
+            places = evaluated_places(moves, environment.num_steps)
             handles = np.concatenate([path[place] for place in places])
             shown, _ = self._check_safety(environment.previews(handles))
             output.previews = self._postprocess(shown, "pil")
@@ -1369,50 +1163,31 @@ class MCTDPipeline(DiffusionPipeline):
         Raises:
             ConfigError: as for [`~MCTDPipeline.replay`].
         """
-        stock = recipe_stock(recipe, self.stock_class.__name__, self._stock_defaults(), arguments)
-        first_draw = recipe["first_draw"]
-        draws, position, seed = 1, 0, 0
-        if latents is None and needs_noise:
-            if first_draw is None:
-                raise ConfigError(
-                    "the first noise of this recipe was not drawn from a fresh generator: pass it "
-                    "as latents=..., or make recipes with "
-                    "generator=torch.Generator().manual_seed(...)"
-                )
-            draws, position, seed = (first_draw[name] for name in ("batch", "position", "seed"))
-        device = "cpu" if first_draw is None else first_draw["device"]
-        stock |= {"latents": latents, "generator": torch.Generator(device).manual_seed(seed)}
+        stock = recipe_stock(
+            recipe, self.stock_class.__name__, stock_defaults(type(self)), arguments
+        )
+        noise = first_noise_of(recipe, is_drawn=latents is None and needs_noise)
+        stock |= {"latents": latents, "generator": noise.generator}
         self._check_call(stock)
         has_reward = reward_model is not None or self.reward_model is not None
-        reward = self._reward_of(reward_model) if has_reward else _no_reward
+        reward = self._reward_of(reward_model) if has_reward else no_reward
         scheduler = recipe_scheduler(recipe)
         with self._stepping(scheduler), as_config_errors():
             self._set_timesteps(stock)
             stepper = Stepper(scheduler, eta=stock.get("eta", 0.0))
-            prepared = self._prepare(stock, recipe["prompts_per_call"], draws)
-        first = prepared.first_latents[position : position + 1]
-        root_seed = root_seed_of(bytes_of(first[0]))
-        if needs_noise and root_seed != recipe["root_seed"]:
-            raise ConfigError(
-                f"the recipe's search had root seed {recipe['root_seed']}, the first noise here "
-                f"gives {root_seed}: load the model with dtype {recipe['dtype']} on "
-                f"{recipe['device']}, or pass the first noise as latents=..."
-            )
-        fusing = self._fusing_again(recipe, prepared)
-        return World(
-            prepared=replace(prepared, first_latents=first),
+            prepared = self._prepare(stock, recipe["prompts_per_call"], noise.draws)
+        first = prepared.first_latents[noise.position : noise.position + 1]
+        if needs_noise:
+            check_first_noise(recipe, first[0])
+        feature_decoder = self._feature_decoder_of(fusion_method_again(recipe))
+        return world_again(
+            recipe,
+            replace(prepared, first_latents=first),
             stepper=stepper,
             scheduler=scheduler,
             reward=reward,
-            prompts=[recipe["reward_prompt"]],
-            rows_per_call=recipe["rows_per_call"],
-            rows_by_phase=recipe.get("rows_by_phase", {}),
-            half_latents=recipe.get("half_latents", False),
-            settings=[recipe],
-            prices=Prices(),
-            with_plain=False,
-            fusing=fusing,
-            feature_decoder=self._feature_decoder_of(fusing.method),
+            fusing=fusing_again(recipe, prepared, feature_decoder),
+            feature_decoder=feature_decoder,
         )
 
     @torch.no_grad()
@@ -1433,37 +1208,16 @@ class MCTDPipeline(DiffusionPipeline):
         Raises:
             ConfigError: as the call would.
         """
-        stock, options = self._bound(args, kwargs)
+        stock, options = bound_arguments(self, args, kwargs)
         if options.search is None:
             raise ConfigError(
                 "estimate() is about searches: name one, search=None costs one sample"
             )
         stock["generator"] = torch.Generator().manual_seed(0)
         world, strategy = self._set_up(stock, options)
-        prices, seconds_per_row = world.measure_prices(), world.seconds_per_row()
-        images, calls_per_step = len(world.prompts), world.stepper.calls_per_step
-        plain_nfe = world.stepper.num_steps * calls_per_step
-        value = (prices.preview + prices.reward_call) / calls_per_step
-        finish = (prices.decode + prices.reward_call) / plain_nfe
-        cost_per_nfe = world.prepared.network.rows_per_latent + value + finish
-        nfe: float = 0
-        for budget in call_budgets(world, strategy, options):
-            if budget is not None:
-                most = math.inf if budget.nfe is None else budget.nfe
-                if budget.cost is not None:
-                    most = min(most, budget.cost / cost_per_nfe)
-                nfe += most * images
-        seconds_per_nfe = cost_per_nfe * seconds_per_row
-        if options.time_budget_s is not None:
-            nfe = max(min(nfe, options.time_budget_s / seconds_per_nfe), plain_nfe * images)
+        estimate = estimate_of(world, strategy, options)
         self.maybe_free_model_hooks()
-        return Estimate(
-            nfe=math.floor(nfe),
-            seconds=nfe * seconds_per_nfe,
-            peak_memory_bytes=_peak_memory(world.prepared.first_latents.device),
-            seconds_per_row=seconds_per_row,
-            prices=prices,
-        )
+        return estimate
 
     @torch.no_grad()
     def open_world(
@@ -1492,80 +1246,6 @@ class MCTDPipeline(DiffusionPipeline):
         Raises:
             ConfigError: as the call would.
         """
-        stock, options = self._bound(args, kwargs)
+        stock, options = bound_arguments(self, args, kwargs)
         world, _ = self._set_up(stock, replace(options, search="best_of_n"))
         return replace(world, reads_features=reads_features, feature_decoder=feature_decoder)
-
-
-def _retrace(environment: LatentEnvironment, moves: Sequence[dict[str, Any]]) -> list[Handles]:
-    """Make the samples of moves again; evaluates those alone that later moves need evaluated."""
-    evaluated = _evaluated_places(moves, environment.num_steps)
-    made: list[Handles] = []
-    for place, move in enumerate(moves):
-        seeds = np.array([move["seed"]], dtype=np.int64)
-        sources = [made[maker] for maker in makers_of(moves, place)]
-        match move["move"]:
-            case "draw":
-                handles = environment.reset(np.zeros(1, dtype=np.int64), seeds)
-            case "step":
-                action = Action(move["stride"], move["eta"], move.get("guidance"))
-                handles = environment.step(sources[0], [action], seeds)
-            case "perturb":
-                handles = environment.perturb(sources[0], np.array([move["strength"]]), seeds)
-            case "fuse":
-                handles = _fuse_again(environment, move, np.concatenate(sources), seeds)
-            case _:
-                handles = environment.renoise(sources[0], move["step_index"], seeds)
-        if place in evaluated:
-            environment.denoise(handles)
-        made.append(handles)
-    return made
-
-
-def _fuse_again(
-    environment: LatentEnvironment, move: dict[str, Any], particles: Handles, seeds: Seeds
-) -> Handles:
-    """Make the fused sample of a recipe again, which was accepted then."""
-    weights = np.array(move["weights"], dtype=np.float64)
-    guidances = [move.get("guidance")]
-    handles = environment.fuse([particles], [weights], [move["method"]], seeds, guidances).handles
-    if handles[0] == REJECTED:
-        raise ConfigError(
-            f"the recipe fuses {len(particles)} samples by {move['method']!r}, which is rejected "
-            "here: replay it with the model, the precision and the versions that made it"
-        )
-    return handles
-
-
-def _evaluated_places(moves: Sequence[dict[str, Any]], num_steps: int) -> list[int]:
-    """Which samples of moves others need evaluated: neither varied ones nor finished ones."""
-    indices = step_indices(moves)
-    needed = {
-        maker
-        for place, move in enumerate(moves)
-        if move["move"] != "perturb"
-        for maker in makers_of(moves, place)
-        if indices[maker] < num_steps
-    }
-    return sorted(needed)
-
-
-def _check_length(moves: Sequence[dict[str, Any]], num_steps: int) -> None:
-    """Refuse moves that do not end in a finished sample."""
-    last = step_indices(moves)[-1]
-    if last != num_steps:
-        raise ConfigError(
-            f"the recipe's moves end at step {last} of {num_steps}: take the recipe whole, from "
-            "out.search[i].recipe or read_recipe"
-        )
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes that the accelerator held at most; on the host, that the process did."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _no_reward(images: Tensor, prompts: Sequence[str], handles: Sequence[int]) -> Any:
-    raise AssertionError("a replay without a reward scores nothing")

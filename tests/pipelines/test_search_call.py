@@ -14,6 +14,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from PIL import Image
 
+from mctd_diffusers.arguments import scheduler_of
 from mctd_diffusers.errors import (
     BudgetError,
     ConfigError,
@@ -385,7 +386,7 @@ def test_a_scheduler_that_is_named_is_used_or_refused(pipe: MCTDPipeline) -> Non
     with pytest.raises(UnsupportedSchedulerError, match=r"FlowMatchEuler.*flow-matching.*betas"):
         search(pipe, search_scheduler=flow)
     with pytest.raises(ConfigError, match="'ddim'"):
-        pipe._scheduler_of("ddim")
+        scheduler_of("ddim", pipe.scheduler)
 
 
 # What cannot work
