@@ -42,9 +42,11 @@ def make_pipe(**settings: Any) -> MCTDPipeline:
     return pipe
 
 
-def search(pipe: MCTDPipeline, first_seed: int = 0, **call: Any) -> Any:
-    generators = [torch.Generator().manual_seed(first_seed + i) for i in range(len(PROMPTS))]
-    return pipe(PROMPTS, generator=generators, **{**CALL, **call})
+def search(
+    pipe: MCTDPipeline, first_seed: int = 0, prompts: list[str] = PROMPTS, **call: Any
+) -> Any:
+    generators = [torch.Generator().manual_seed(first_seed + i) for i in range(len(prompts))]
+    return pipe(prompts, generator=generators, **{**CALL, **call})
 
 
 def weights_of(head: Any) -> dict[str, torch.Tensor]:
@@ -168,13 +170,14 @@ def test_any_policy_will_do_and_the_plain_samples_are_left_out() -> None:
     pipe = make_pipe()
     strategy = replace(SEARCH, stride_policy="budget")
     call = {"search": strategy, "compute": 4, "include_plain": True, "return_dict": False}
+    call["prompts"] = PROMPTS[:1]
     *_, plain, update = search(pipe, online_ige=True, **call)
     assert plain.rewards
     assert update.observed > 0
     assert len(search(pipe, **call)) == 7
 
 
-@pytest.mark.parametrize("policy", ["ige", "budget"])
+@pytest.mark.parametrize("policy", ["ige", pytest.param("budget", marks=pytest.mark.slow)])
 def test_a_saved_call_goes_on_and_then_teaches_as_if_never_stopped(
     policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +213,7 @@ def test_a_search_by_another_head_is_gone_on_with_under_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = make_pipe()
-    search(pipe, save_to=tmp_path / "search")
+    search(pipe, save_to=tmp_path / "search", prompts=PROMPTS[:1])
     pipe.open_search(tmp_path / "search")
     assert not caplog.records
     with torch.no_grad():
@@ -218,7 +221,7 @@ def test_a_search_by_another_head_is_gone_on_with_under_a_warning(
     pipe.open_search(tmp_path / "search")
     assert "not the one that the search began with" in caplog.text
     caplog.clear()
-    search(pipe, save_to=tmp_path / "other", search=MCTD(seed_share=0))
+    search(pipe, save_to=tmp_path / "other", search=MCTD(seed_share=0), prompts=PROMPTS[:1])
     with torch.no_grad():
         pipe.ige.head.bias += 1
     pipe.open_search(tmp_path / "other")  # which asked no head
@@ -235,7 +238,8 @@ def test_without_a_head_there_is_nothing_to_refine(tmp_path: Path) -> None:
             ask()
     with pytest.raises(ConfigError, match="knows no online_ige"):
         search(pipe, search=None, compute=None, rows_per_call=None, online_ige=True)
-    search(make_pipe(), online_ige=True, save_to=tmp_path, search=MCTD())
+    call = {"online_ige": True, "search": MCTD(), "prompts": PROMPTS[:1]}
+    search(make_pipe(), save_to=tmp_path, **call)
     with pytest.raises(ConfigError, match="load it with ige="):
         pipe.resume(tmp_path)
 

@@ -107,8 +107,11 @@ def assert_same_output(one: Any, other: Any) -> None:
         ("ddim", {"search": "dts"}),
         ("ddim", {"search": "fk", "compute": 4}),
         ("euler", {"search": MCTD(seed_share=0.3, wave_size=3)}),
-        ("heun", {"search": "mctd"}),
-        ("kdpm2_ancestral", {"search": "dts", "include_plain": True, "compute": 3}),
+        ("heun", {"search": "mctd", "num_inference_steps": 4}),
+        (
+            "kdpm2_ancestral",
+            {"search": "dts", "include_plain": True, "compute": 3, "num_inference_steps": 4},
+        ),
     ],
 )
 def test_a_call_stopped_at_any_wave_goes_on_as_if_never_stopped(

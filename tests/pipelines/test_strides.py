@@ -74,7 +74,17 @@ def test_a_plain_sample_takes_its_evaluations_by_the_policy(pipe: Any, policy: s
         assert out.ledger.total.nfe == 8
 
 
-@pytest.mark.parametrize("policy", ["budget", *REASONS])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "budget",
+        *(
+            # By which of its predictions a head decides, plain samples tell as well.
+            pytest.param(policy, marks=pytest.mark.slow) if policy.startswith("ige:") else policy
+            for policy in REASONS
+        ),
+    ],
+)
 def test_a_tree_search_keeps_its_budget_by_any_policy(pipe: Any, policy: str) -> None:
     strategy = MCTD(stride_policy=policy, edge_gain=0.5, seed_share=0)  # many edges
     out = search(pipe, PROMPTS[:1], search=strategy, compute=3, num_inference_steps=16)

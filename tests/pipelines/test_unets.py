@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
 ]
 
-CALL: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt"}
+CALL: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
 EMBEDDING = 6  # channels of an adapter's picture
 
 each_stock = pytest.mark.parametrize(
