@@ -31,7 +31,7 @@ from diffusers import (
     DiffusionPipeline,
     SchedulerMixin,
 )
-from huggingface_hub import CommitInfo, snapshot_download
+from huggingface_hub import CommitInfo
 from torch import Tensor
 
 from mctd_diffusers.arguments import (
@@ -79,7 +79,6 @@ from mctd_diffusers.hub import (
     CARD,
     HUB_ARGUMENTS,
     documents_beside,
-    hub_errors,
     push_folder,
     repository_of,
 )
@@ -88,21 +87,16 @@ from mctd_diffusers.models.ige import InformationGainEvaluator
 from mctd_diffusers.models.refining import IGEUpdate, Refiner
 from mctd_diffusers.outputs import PictureMaker, output_of
 from mctd_diffusers.pipeline_folder import (
-    FEATURE_DECODER,
+    AS_SAVED,
     FEATURE_FOLDER,
-    IGE_FOLDER,
-    OUR_FOLDERS,
-    OUR_KEY,
-    PREVIEW_FOLDER,
     REWARD_FOLDER,
-    dtype_of,
-    parts_beside,
-    parts_of,
+    index_with_ours,
+    our_files,
     pipeline_card,
     read_model_index,
     resolve_ige,
-    restore_reward,
-    saved_as,
+    saved_parts,
+    strip_configs,
 )
 from mctd_diffusers.replaying import (
     check_first_noise,
@@ -172,9 +166,6 @@ FAMILIES: dict[str, str] = {
     "ZImagePipeline": "mctd_diffusers.families.z_image:MCTDZImagePipeline",
 }
 """Stock class name -> 'module:class' of the family that searches it."""
-
-_AS_SAVED: Any = object()
-"""Default of ``reward_model`` and ``ige`` in `from_pretrained`: what was saved, if anything."""
 
 
 def family_class(stock_class_name: object) -> type[MCTDPipeline]:
@@ -259,8 +250,8 @@ class MCTDPipeline(DiffusionPipeline):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        reward_model: Any = _AS_SAVED,
-        ige: Any = _AS_SAVED,
+        reward_model: Any = AS_SAVED,
+        ige: Any = AS_SAVED,
         **kwargs: Any,
     ) -> MCTDPipeline:
         r"""Load any pipeline folder or Hub repository of a supported family.
@@ -292,60 +283,23 @@ class MCTDPipeline(DiffusionPipeline):
         index = read_model_index(source, hub)
         family = family_class(index.get("_class_name")) if cls is MCTDPipeline else cls
         _check_family(family, index.get("_class_name"))
-        folder = Path(source)
-        ours = index.get(OUR_KEY)
-        if ours is None:  # a folder that a script put together; ours always have the key
-            ours = parts_beside(folder)
-        if not isinstance(ours, dict):
-            raise ConfigError(
-                f"{OUR_KEY} in model_index.json of {source!r} is {ours!r}, not an object: take the "
-                f"entry out, and pass reward_model=..."
-            )
-        reward_is_saved = reward_model is _AS_SAVED and "reward_model" in ours
-        preview_is_saved = "preview_vae" not in kwargs and "preview_vae" in ours
-        ige_is_saved = ige is _AS_SAVED and "ige" in ours
-        saved = [REWARD_FOLDER] * reward_is_saved + [PREVIEW_FOLDER] * preview_is_saved
-        saved += [IGE_FOLDER] * ige_is_saved + [FEATURE_FOLDER] * ("feature_decoder" in ours)
-        if folder.is_dir():
-            parts = [name for name in parts_of(index) if name not in kwargs] + saved
-            if lacking := [name for name in parts if not (folder / name).is_dir()]:
-                raise ConfigError(
-                    f"the pipeline in {source!r} lacks {', '.join(lacking)}, which its "
-                    "model_index.json names: copy or download the whole folder again, or pass "
-                    "these parts"
-                )
-        if saved and not folder.is_dir():
-            patterns = [f"{name}/*" for name in saved]
-            with hub_errors("load the pipeline of", source, hub.get("revision")):
-                folder = Path(snapshot_download(source, allow_patterns=patterns, **hub))
-        if ige_is_saved:
-            ige = InformationGainEvaluator.from_pretrained(
-                folder / IGE_FOLDER, **saved_as(folder / IGE_FOLDER, kwargs)
-            )
-        elif ige is _AS_SAVED:
-            ige = None
-        elif ige is not None:
-            elsewhere = {name: given for name, given in hub.items() if name != "revision"}
-            ige = resolve_ige(ige, dtype=dtype_of(IGE_FOLDER, kwargs), **elsewhere)
+        given = {"reward_model": reward_model, "ige": ige}
+        replaced = [name for name, part in given.items() if part is not AS_SAVED]
+        if "preview_vae" in kwargs:
+            replaced.append("preview_vae")
+        saved = saved_parts(source, index, replaced, kwargs.copy(), hub)
+        kwargs["ige"] = ige = saved.load_ige(ige)
         if ige is not None:
             ige.check_family(family.stock_class.__name__)
-        kwargs["ige"] = ige
-        if reward_is_saved:
-            reward_model = restore_reward(folder / REWARD_FOLDER, ours["reward_model"])
-        elif reward_model is _AS_SAVED:
-            reward_model = None
-        elif reward_model is not None:
-            reward_model = resolve_reward(reward_model)
-        if preview_is_saved:
-            kwargs["preview_vae"] = AutoencoderTiny.from_pretrained(
-                folder / PREVIEW_FOLDER, **saved_as(folder / PREVIEW_FOLDER, kwargs)
-            )
+        reward_model = saved.load_reward(reward_model)
+        preview = saved.load_preview()
+        if preview is not None:
+            kwargs["preview_vae"] = preview
         pipe: MCTDPipeline = super(MCTDPipeline, family).from_pretrained(source, **kwargs)
         pipe.reward_model = reward_model
-        if FEATURE_FOLDER in saved:
-            pipe.feature_decoder = FeatureToLatent.from_pretrained(folder / FEATURE_FOLDER)
+        pipe.feature_decoder = saved.load_feature_decoder()
         if kwargs.get("device_map") is not None:
-            for part in (kwargs["preview_vae"] if preview_is_saved else None, ige):
+            for part in (preview, ige):
                 if part is not None:
                     part.to(pipe.device)
         return pipe
@@ -549,31 +503,14 @@ class MCTDPipeline(DiffusionPipeline):
     ) -> None:
         """Write ``model_index.json``, and leave no path of this machine in the configs."""
         super().save_config(save_directory, *args, **kwargs)
-        for path in Path(save_directory).glob("*/config.json"):
-            config = json.loads(path.read_text(encoding="utf-8"))
-            drop = {"_name_or_path"}
-            if config.get("_class_name") == "AutoencoderTiny":
-                drop.add("block_out_channels")  # it writes this itself, and warns when it reads it
-            if drop & set(config):
-                kept = {name: entry for name, entry in config.items() if name not in drop}
-                text = json.dumps(kept, indent=2, sort_keys=True)
-                path.write_text(text + "\n", encoding="utf-8")
+        strip_configs(Path(save_directory))
 
     def to_json_string(self) -> str:
         """Return ``model_index.json``: the stock one, with our entries under a private key."""
         index: dict[str, Any] = json.loads(super().to_json_string())
-        index["_class_name"] = self.stock_class.__name__
-        index.pop("_name_or_path", None)
-        ours: dict[str, Any] = {}
-        for name in (PREVIEW_FOLDER, IGE_FOLDER):
-            part = index.pop(name, None)
-            if part and part[0] is not None:
-                ours[name] = part
-        if type(self.reward_model) is ClipReward:
-            ours["reward_model"] = {"kind": "clip", "scale": self.reward_model.scale}
-        if isinstance(self.feature_decoder, FeatureToLatent):
-            ours["feature_decoder"] = FEATURE_DECODER
-        index[OUR_KEY] = ours
+        index = index_with_ours(
+            index, self.stock_class.__name__, self.reward_model, self.feature_decoder
+        )
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
@@ -584,12 +521,7 @@ class MCTDPipeline(DiffusionPipeline):
         """
         path = Path(json_file_path)
         index: dict[str, Any] = json.loads(self.to_json_string())
-        files = [
-            f"{folder}/{file.name}"
-            for folder in OUR_FOLDERS
-            for file in sorted((path.parent / folder).glob("*"))
-        ]
-        if files:
+        if files := our_files(path.parent):
             index["_ignore_files"] = files
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
