@@ -156,6 +156,32 @@ def test_learning_rate_rises_stays_and_falls_to_zero() -> None:
     assert rates[15:] == pytest.approx([2.0, 1.6, 1.2, 0.8, 0.4, 0.0])
 
 
+def test_a_run_that_broke_resumes_to_the_very_weights_of_an_uninterrupted_one(
+    dataset: Path, tmp_path: Path
+) -> None:
+    def break_at_sixth_step(step: int, *others: Any) -> float:
+        if step == 5:
+            raise InterruptedError
+        return float(kept(step, *others))
+
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    more = ("--checkpointing_steps", "2", "--decay_steps", "0", "--validation_split", "")
+    kept = train_vae.learning_rate
+    train_vae.learning_rate = break_at_sixth_step
+    try:
+        with pytest.raises(InterruptedError):
+            train_vae.main([*vae_arguments(dataset, broken, 8), *more])
+    finally:
+        train_vae.learning_rate = kept
+    assert [path.name for path in train_vae.checkpoints(broken)] == ["checkpoint-2", "checkpoint-4"]
+    for folder, resume in ((broken, ("--resume_from_checkpoint", "latest")), (whole, ())):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_vae.main([*vae_arguments(dataset, folder, 8), *more, *resume])
+    resumed, expected = (load_file(folder / "vae" / WEIGHTS) for folder in (broken, whole))
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(
     dataset: Path, tmp_path: Path
 ) -> None:
