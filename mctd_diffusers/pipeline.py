@@ -3,7 +3,9 @@
 A family subclasses this base and the stock pipeline of its models, so that prompts, LoRA, IP
 adapters, offload and safety are the stock pipeline's own code. The base reads and writes folders
 that stay stock, and turns one call into a search: `families/` says how its network is called and
-its latents are decoded, `denoising/` makes a world of that, `search/` searches it.
+its latents are decoded, `denoising/` makes a world of that, `search/` searches it. What needs no
+pipeline is beside it: `arguments` and `calls`, `estimating`, `outputs`, `replaying`, `saved_calls`
+and `pipeline_folder`.
 """
 
 from __future__ import annotations
