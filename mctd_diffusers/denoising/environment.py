@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mctd_diffusers.denoising.denoiser import Denoiser, FeatureTap, timed
 from mctd_diffusers.denoising.exporting import exported, restored
-from mctd_diffusers.denoising.fuser import Fuser
-from mctd_diffusers.denoising.fusion import VERDICTS, Fused
+from mctd_diffusers.denoising.fuser import Fuser, Group
+from mctd_diffusers.denoising.fusion import VERDICTS
 from mctd_diffusers.denoising.latents import (
     Drawn,
     EdgeNoise,
@@ -401,8 +401,8 @@ class LatentEnvironment:
             ConfigError: a method is not known, not for samples of this kind, or lacks what it
                 needs; a guidance is no number, or there is none to scale.
         """
-        fused: list[tuple[Fused, Sample, float | None]] = []
-        for group, shares, method, seed, guidance in zip(
+        wanted: list[Group] = []
+        for particles, shares, method, seed, guidance in zip(
             groups,
             weights,
             methods,
@@ -411,17 +411,19 @@ class LatentEnvironment:
             strict=True,
         ):
             self._check_guidance(guidance)
-            samples = self._evaluated(group)
-            check_one_level([s.step_index for s in samples], [s.problem for s in samples], group)
-            found = self._fuser(samples, shares, method, seed, guidance)
-            fused.append((found, samples[0], guidance))
+            samples = self._evaluated(particles)
+            check_one_level(
+                [s.step_index for s in samples], [s.problem for s in samples], particles
+            )
+            wanted.append(Group(samples, shares, method, seed, guidance))
+        fused = self._fuser(wanted)
         handles = np.full(len(fused), REJECTED, dtype=np.int64)
-        for place, (found, particle, guidance) in enumerate(fused):
+        for place, (group, found) in enumerate(zip(wanted, fused, strict=True)):
             if found.verdict == VERDICTS[0]:
-                sample = self._maker.take_in(found, particle, guidance)
+                sample = self._maker.take_in(found, group.samples[0], group.guidance)
                 handles[place] = self._samples.add([sample])[0]
-        verdicts = [VERDICTS.index(found.verdict) for found, _, _ in fused]
-        correlations = [found.correlation for found, _, _ in fused]
+        verdicts = [VERDICTS.index(found.verdict) for found in fused]
+        correlations = [found.correlation for found in fused]
         return Fusions(handles, np.array(verdicts, dtype=np.int64), np.array(correlations))
 
     @torch.no_grad()

@@ -41,6 +41,7 @@ from mctd_diffusers.errors import ConfigError
 
 __all__ = [
     "ACCEPTED",
+    "DECODING_FUSIONS",
     "DEFAULT_FUSION",
     "FUSIONS",
     "MAX_INCONSISTENCY",
@@ -65,6 +66,8 @@ FUSIONS: Final[dict[str, FusionMethod]] = {
 """Name of a method -> the method with its default settings."""
 
 DEFAULT_FUSION: Final = "x0"
+DECODING_FUSIONS: Final = ("pixel",)
+"""Methods that decode every particle."""
 
 
 class Fused(NamedTuple):
@@ -138,6 +141,8 @@ def fuse_groups(
         codec: as for `fuse`; called by several threads where there are several.
         feature_decoder: likewise.
         num_threads: groups at a time. Transport runs outside Python's lock, so it gains by them.
+            Where there are several, even a single group is fused in one of them, so that its last
+            bits are those that it has in company.
 
     Raises:
         ConfigError: as `fuse`, or there are not as many seeds as groups.
