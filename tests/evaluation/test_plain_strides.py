@@ -84,12 +84,13 @@ def test_the_distance_is_that_of_the_finished_latents(pipe: Any, tmp_path: Path)
 
 def test_what_was_drawn_is_not_drawn_again(pipe: Any, tmp_path: Path) -> None:
     gold = RewardGold(whiteness)
-    before = sample_plainly(pipe, gold, PLAN, tmp_path)
+    plan = replace(PLAN, policies=PLAN.policies[-2:])
+    before = sample_plainly(pipe, gold, plan, tmp_path)
     changed = (tmp_path / "samples-0-00002.json").stat().st_mtime_ns
     (tmp_path / "samples-0-00000.json").unlink()
-    assert sample_plainly(pipe, gold, PLAN, tmp_path) == before
+    assert sample_plainly(pipe, gold, plan, tmp_path) == before
     assert (tmp_path / "samples-0-00002.json").stat().st_mtime_ns == changed
-    other = sample_plainly(pipe, gold, replace(PLAN, evaluations=(4,)), tmp_path)
+    other = sample_plainly(pipe, gold, replace(plan, evaluations=(4,)), tmp_path)
     assert {sample.evaluations for sample in other} == {4, 10}
 
 
