@@ -27,6 +27,11 @@ def code_hash(modules: Iterable[str]) -> str:
     Args:
         modules: by name; those of other packages are hashed alone, without what they import.
     """
+    return _hash(frozenset(modules))
+
+
+@functools.cache
+def _hash(modules: frozenset[str]) -> str:
     digest = hashlib.sha256()
     for name in sorted(_reached(modules)):
         digest.update(f"{name}\n{_code(name)}\n".encode())
@@ -75,6 +80,7 @@ def _code(name: str) -> str:
 
 def forget() -> None:
     """Read every module again when it is asked for next."""
+    _hash.cache_clear()
     _imports.cache_clear()
     _code.cache_clear()
 
