@@ -23,6 +23,7 @@ from mctd_diffusers.search.budget import Budget
 from mctd_diffusers.search.environment import (
     Action,
     Counts,
+    Fusions,
     Gains,
     Handles,
     Ledger,
@@ -89,6 +90,22 @@ class FreeEnvironment:
     def perturb(self, handles: Handles, strengths: Values, seeds: Seeds) -> Handles:
         """New samples."""
         return self._add(self._problem[handles])
+
+    def fuse(
+        self,
+        groups: Sequence[Handles],
+        weights: Sequence[Values],
+        methods: Sequence[str],
+        seeds: Seeds,
+        guidances: Sequence[float | None] | None = None,
+    ) -> Fusions:
+        """New samples, all accepted."""
+        handles = self._add(self._problem[np.array([group[0] for group in groups])])
+        return Fusions(handles, np.zeros_like(handles), np.zeros(len(handles)))
+
+    def relative_change(self, handles: Handles) -> Values:
+        """The same of all."""
+        return np.ones(len(handles))
 
     def predict_gain(self, handles: Handles, strides: Sequence[int]) -> Gains:
         """Numbers that look random, the same for all strides."""
