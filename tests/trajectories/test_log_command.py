@@ -19,6 +19,7 @@ from mctd_diffusers.trajectories import plan
 from tests.trajectories.tiny_logs import PROMPTS, files_of, make_pipe, read_rows
 
 ROOT = Path(__file__).parents[2]
+FINE_STEPS = plan.FINE_STEPS
 LAUNCH = "accelerate.commands.accelerate_cli launch --num_machines 1 --mixed_precision no"
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -255,8 +256,9 @@ def test_the_same_of_processes_that_begin_anew(model: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_two_processes_of_the_script_write_what_one_command_writes(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plan, "FINE_STEPS", FINE_STEPS)  # as in the processes
     assert cli.main(arguments(model)) == 0
     script = ROOT / "training" / "log_trajectories.py"
     options = [word.replace("-", "_") if word[:2] == "--" else word for word in arguments(model)]
