@@ -354,7 +354,7 @@ def _by_pruning(method: Method, prunings: Sequence[str]) -> Iterator[Method]:
 
 def _third_moves_of(name: str, *, on_mixtures: bool) -> dict[str, Any]:
     """The settings of a strategy that an entry of ``--fusions`` stands for."""
-    from mctd_diffusers.denoising.fusion import DEFAULT_FUSION, FUSIONS
+    from mctd_diffusers.denoising.fusion import DEFAULT_FUSION, FUSIONS, SPATIAL_FUSIONS
     from mctd_diffusers.search.strategies.third_moves import THIRD_MOVES
 
     others = {"none": (), "bandit": THIRD_MOVES, "go_back": ("go_back",), "resample": ("resample",)}
@@ -363,7 +363,7 @@ def _third_moves_of(name: str, *, on_mixtures: bool) -> dict[str, Any]:
     if name not in FUSIONS:
         known = dict.fromkeys((*others, *FUSIONS))
         raise ConfigError(f"--fusions names {name!r}; give some of {', '.join(known)}")
-    if on_mixtures and name in ("tokens", "pixel", "features"):
+    if on_mixtures and name in SPATIAL_FUSIONS:
         raise ConfigError(
             f"--fusions names {name!r}, which works on pictures, and points of mixtures are none: "
             "leave it out with --suite mixture"

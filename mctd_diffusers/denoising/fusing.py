@@ -10,14 +10,13 @@ from typing import Final
 from torch import Tensor
 
 from mctd_diffusers.denoising.denoiser import FeatureTap
-from mctd_diffusers.denoising.fusion import VERDICTS, resolve_fusion
+from mctd_diffusers.denoising.fusion import SPATIAL_FUSIONS, VERDICTS, resolve_fusion
 from mctd_diffusers.denoising.protocols import Decoder, Encoder, FeatureDecoder
 from mctd_diffusers.errors import ConfigError
 from mctd_diffusers.search.bandit import MoveMade
 from mctd_diffusers.search.budget import NOTHING
 from mctd_diffusers.search.environment import Counts
 
-_ON_MAPS: Final = ("tokens", "pixel", "features")
 _ANY_LATENTS: Final = "'x0', 'noise', 'mean' or 'resample'"
 
 
@@ -72,7 +71,7 @@ def fusion_parts(
     if method is None:
         return NO_FUSION
     resolve_fusion(method)
-    if method in _ON_MAPS and latents.ndim != 4:
+    if method in SPATIAL_FUSIONS and latents.ndim != 4:
         raise ConfigError(
             f"fusion {method!r} works on latents of [channels, rows, columns], and this "
             f"pipeline's are {tuple(latents.shape[1:])}, packed into tokens: use {_ANY_LATENTS}"

@@ -45,6 +45,7 @@ __all__ = [
     "DEFAULT_FUSION",
     "FUSIONS",
     "MAX_INCONSISTENCY",
+    "SPATIAL_FUSIONS",
     "VERDICTS",
     "Fused",
     "Particles",
@@ -68,6 +69,8 @@ FUSIONS: Final[dict[str, FusionMethod]] = {
 DEFAULT_FUSION: Final = "x0"
 DECODING_FUSIONS: Final = ("pixel",)
 """Methods that decode every particle."""
+SPATIAL_FUSIONS: Final = ("tokens", "pixel", "features")
+"""Methods that work on maps, ``[channels, rows, columns]``."""
 
 
 class Fused(NamedTuple):

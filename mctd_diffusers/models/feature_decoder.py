@@ -8,7 +8,6 @@ sample looks like around it; what they leave out, the network fills in by its me
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,14 +18,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.hub import card_text, loading
+from mctd_diffusers.hub import card_text
+from mctd_diffusers.models.hub_model import HubModel
 from mctd_diffusers.models.ige import FeatureNorm, waves
-from mctd_diffusers.models.pushing import PushedWithCard
 
 _WIDEST = (-20.0, 20.0)
 
 
-class FeatureToLatent(PushedWithCard, ModelMixin, ConfigMixin):
+class FeatureToLatent(HubModel, ModelMixin, ConfigMixin):
     r"""Maps features of one block of a UNet to denoised estimates.
 
     It keeps the protocol [`~mctd_diffusers.denoising.protocols.FeatureDecoder`].
@@ -211,29 +210,6 @@ class FeatureToLatent(PushedWithCard, ModelMixin, ConfigMixin):
             )
 
     # The Hub
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> FeatureToLatent:
-        r"""Load a feature decoder from a folder or a Hub repository.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`):
-                The folder, or the name of the repository.
-            kwargs (remaining keyword arguments, *optional*):
-                Everything that [`~diffusers.ModelMixin.from_pretrained`] takes: `revision`,
-                `token`, `subfolder` (`"feature_decoder"` for that of the model in the box), ...
-
-        Raises:
-            ConfigError: there is no such folder or repository, or it holds no feature decoder that
-                can be read.
-        """
-        with loading(cls.__name__, pretrained_model_name_or_path, kwargs):
-            decoder: FeatureToLatent = super().from_pretrained(
-                pretrained_model_name_or_path, **kwargs
-            )
-        return decoder
 
     def card(self, repo_id: str, **metadata: Any) -> str:
         r"""Model card of what the decoder was trained on, and how to load it.

@@ -16,7 +16,6 @@ which a search plans the rest of a schedule.
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +29,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mctd_diffusers.errors import ConfigError
-from mctd_diffusers.hub import card_text, loading
-from mctd_diffusers.models.pushing import PushedWithCard
+from mctd_diffusers.hub import card_text
+from mctd_diffusers.models.hub_model import HubModel
 from mctd_diffusers.search.environment import Gains
 
 _OCTAVES = 16
@@ -63,7 +62,7 @@ class IGEOutput(BaseOutput):
     log_truncation_error: Tensor
 
 
-class InformationGainEvaluator(PushedWithCard, ModelMixin, ConfigMixin):
+class InformationGainEvaluator(HubModel, ModelMixin, ConfigMixin):
     r"""Predicts what jumps from evaluated states would tell.
 
     Args:
@@ -321,29 +320,6 @@ class InformationGainEvaluator(PushedWithCard, ModelMixin, ConfigMixin):
             )
 
     # The Hub
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> InformationGainEvaluator:
-        r"""Load a head from a folder or a Hub repository.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`):
-                The folder, or the name of the repository.
-            kwargs (remaining keyword arguments, *optional*):
-                Everything that [`~diffusers.ModelMixin.from_pretrained`] takes: `revision`,
-                `token`, `subfolder` (`"ige"` for the head of a pipeline), `dtype`, ...
-
-        Raises:
-            ConfigError: there is no such folder or repository, or it holds no head that can be
-                read.
-        """
-        with loading(cls.__name__, pretrained_model_name_or_path, kwargs):
-            head: InformationGainEvaluator = super().from_pretrained(
-                pretrained_model_name_or_path, **kwargs
-            )
-        return head
 
     def card(self, repo_id: str, **metadata: Any) -> str:
         r"""Model card of what the head was trained on, and how to load it.

@@ -1,22 +1,46 @@
-"""Saving and loading of small models over the Hub, with a card that says what they learned from."""
+"""Small models on the Hub: loaded with clear errors, pushed with a card."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from mctd_diffusers.hub import documents_beside, push_folder
+from mctd_diffusers.hub import documents_beside, loading, push_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 
-class PushedWithCard:
-    """Mixin for a `ModelMixin, ConfigMixin`, before these: pushes come with a card."""
+class HubModel:
+    """Mixin for a `ModelMixin, ConfigMixin`, before these."""
 
     config: Any
     save_pretrained: Any
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Self:
+        r"""Load the model from a folder or a Hub repository.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                The folder, or the name of the repository.
+            kwargs (remaining keyword arguments, *optional*):
+                Everything that [`~diffusers.ModelMixin.from_pretrained`] takes: `revision`,
+                `token`, `subfolder` (`"ige"` or `"feature_decoder"` for that of a pipeline),
+                `dtype`, ...
+
+        Raises:
+            ConfigError: there is no such folder or repository, or it holds no such model that can
+                be read.
+        """
+        above: Any = super()
+        with loading(cls.__name__, pretrained_model_name_or_path, kwargs):
+            model: Self = above.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return model
 
     def push_to_hub(
         self,
