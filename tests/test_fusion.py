@@ -364,7 +364,7 @@ def test_patches_are_as_small_as_the_number_of_tokens_allows() -> None:
 )
 def test_settings_of_transport_have_ranges(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Transport(**settings)  # type: ignore[arg-type]
+        Transport(**settings)  # type: ignore[arg-type]  # of any type, or wrong
 
 
 # ---- features and pictures

@@ -78,7 +78,7 @@ def grown(values: list[float], rewards: list[float], *, step_index: int = 2) -> 
 
 def pruned_search(num_steps: int = 8, nfe: int = 100, **changes: object) -> SearchResult:
     """A search that prunes, with guidance to choose."""
-    strategy = MCTD(**{"pruning": "all", **changes})  # type: ignore[arg-type]
+    strategy = MCTD(**{"pruning": "all", **changes})  # type: ignore[arg-type]  # of any type, or wrong
     (result,) = search(strategy, guided_environment(1, num_steps), nfe=nfe)
     return result
 

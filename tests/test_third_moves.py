@@ -46,7 +46,7 @@ each_kind = pytest.mark.parametrize("make", [small_environment, guided_environme
 
 def searched(**settings: object) -> SearchResult:
     """One image of the guided toy."""
-    (result,) = search(MCTD(**settings), guided_environment(1, STEPS), nfe=NFE)  # type: ignore[arg-type]
+    (result,) = search(MCTD(**settings), guided_environment(1, STEPS), nfe=NFE)  # type: ignore[arg-type]  # of any type, or wrong
     return result
 
 
@@ -125,7 +125,7 @@ def test_no_group_of_particles_is_fused_twice() -> None:
 
 def test_children_of_a_node_that_was_widened_often_are_fused() -> None:
     settings = {"third_moves": ("fuse",), "fuse_after": 2, "first_share": 0.3, "fusion": "resample"}
-    (result,) = search(MCTD(**settings), small_environment(1, STEPS), nfe=NFE)  # type: ignore[arg-type]
+    (result,) = search(MCTD(**settings), small_environment(1, STEPS), nfe=NFE)  # type: ignore[arg-type]  # of any type, or wrong
     tree = result.tree
     fused = [tree.fusion_of(node) for node in np.flatnonzero(tree.move == FUSE).tolist()]
     families = [{int(p) for p in tree.parent[list(f.particles)]} for f in fused if f is not None]
@@ -178,7 +178,7 @@ def test_a_fused_node_is_worth_its_particles_before_a_visit_and_itself_after() -
     record_values(tree, tree.handle[[3, 4]], np.array([1.0, 3.0]))
     node = add_fused(tree, Fusion((3, 4), (0.25, 0.75), "x0"), handle=99, seed=1)
     for prior, expected in (("weighted", 2.5), ("plain", 2.0)):
-        strategy = MCTD(third_moves=("fuse",), fused_prior=prior)  # type: ignore[arg-type]
+        strategy = MCTD(third_moves=("fuse",), fused_prior=prior)  # type: ignore[arg-type]  # of any type, or wrong
         assert strategy._third.prior_of(tree, node, max_backup) == pytest.approx(expected)
 
 
@@ -213,7 +213,7 @@ def test_fused_nodes_are_no_part_of_soft_values() -> None:
 )
 def test_settings_outside_their_ranges_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        MCTD(**wrong)  # type: ignore[arg-type]
+        MCTD(**wrong)  # type: ignore[arg-type]  # of any type, or wrong
 
 
 @pytest.mark.parametrize("rules", ["all", "memory"])

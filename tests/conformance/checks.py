@@ -86,7 +86,7 @@ class ConformanceChecks:
     @classmethod
     def make_stock(cls) -> Any:
         """The stock pipeline over tiny random components; the same weights each time."""
-        raise NotImplementedError
+        raise NotImplementedError  # each family makes its own
 
     @classmethod
     def make_pipe(cls, stock: Any = None) -> Any:

@@ -72,7 +72,7 @@ class FamilyTests:
     @classmethod
     def make_stock(cls) -> DiffusionPipeline:
         """The stock pipeline over tiny random components; the same weights each time."""
-        raise NotImplementedError
+        raise NotImplementedError  # each family makes its own
 
     @classmethod
     def make_pipe(cls, **parts: Any) -> MCTDPipeline:

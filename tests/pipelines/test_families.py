@@ -132,7 +132,7 @@ def test_a_family_inherits_from_what_it_searches() -> None:
 
 def test_a_family_that_is_not_whole_is_told_what_it_lacks() -> None:
     @searches(StableDiffusionPipeline)
-    class Begun(MCTDPipeline, StableDiffusionPipeline):  # type: ignore[misc]
+    class Begun(MCTDPipeline, StableDiffusionPipeline):  # type: ignore[misc]  # untyped base
         """A family of which nothing is written yet."""
 
     pipe = Begun.from_pipe(tiny.make_stock(), reward_model=tiny.redness)
